@@ -1,0 +1,302 @@
+"""The two masked transformers: Eqs. (1) to (4) and (6), sections 3.1 to 3.3 of the paper.
+
+`MaskBitPrior` is p_phi(X_d) and g_M: MaskBit's generator, Eqs. (3) and (4) on bit tokens.
+`MAR` is p_theta(X_c | X_d), Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9),
+dcsa (discrete tokens as a prefix), dcca (cross-attention). Parameter names are those of the
+official models, so that their files load.
+
+Reads mixing.py and diffusion_head.py, feeds train.py and sample.py. Read diffusion_head.py next.
+Try: python backbone.py          (parameters and tokens beside the paper's Tables 1 and 2)
+
+B batch, N tokens, D width, K class tokens; m True = to predict.
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, layer_norm, scaled_dot_product_attention
+
+import mixing
+from diffusion_head import DiffusionHead, linear
+
+GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
+
+# mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
+# prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
+PRESETS = {
+    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8),
+                 mar=dict(D=192, depth=3, heads=6, K=8, head_depth=3, head_width=192, dropout=0.0),
+                 prior=dict(D=160, depth=5, heads=5, mlp=640, prenorm=True, dropout=0.0)),
+    "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
+                 mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
+                 prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1)),
+}
+PRESETS["large"] = PRESETS["base"] | dict(mar=dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1))
+PRESETS["huge"] = PRESETS["base"] | dict(mar=dict(D=1280, depth=20, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1))
+
+
+def attention(q, k, v, heads, p=0.0):
+    """softmax(q k^T / sqrt(d)) v with dropout p on the weights.   q (B, L, D), k, v (B, M, D) -> (B, L, D).
+
+    Written out where a CPU will need its backward, which is faster there than the fused kernel's.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1).to(v.dtype)
+        out = dropout(weights, p, p > 0) @ v
+    else:
+        out = scaled_dot_product_attention(q, k, v, dropout_p=p)
+    return out.transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------ p_theta(X_c | X_d): MAR
+
+class SelfAttention(nn.Module):
+    def __init__(self, D, heads, p):
+        super().__init__()
+        self.qkv, self.proj, self.heads, self.p = linear(D, 3 * D), linear(D, D), heads, p
+
+    def forward(self, x):
+        x = attention(*self.qkv(x).chunk(3, dim=-1), self.heads, self.p * self.training)
+        return dropout(self.proj(x), self.p, self.training)
+
+
+class CrossAttention(nn.Module):
+    """DC-CA's block: no biases and no learned norm, so that MixAR-L has the 707M of Table 2.   [ours]"""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.q, self.kv, self.proj = (nn.Linear(D, d, bias=False) for d in (D, 2 * D, D))
+        for layer in (self.q, self.kv, self.proj):
+            nn.init.xavier_uniform_(layer.weight)
+        self.heads = heads
+
+    def forward(self, x, memory):
+        q = self.q(layer_norm(x, x.shape[-1:], eps=1e-6))
+        return self.proj(attention(q, *self.kv(memory).chunk(2, dim=-1), self.heads))
+
+
+class Mlp(nn.Module):
+    def __init__(self, D, p):
+        super().__init__()
+        self.fc1, self.fc2, self.p = linear(D, 4 * D), linear(4 * D, D), p
+
+    def forward(self, x):
+        x = dropout(torch.nn.functional.gelu(self.fc1(x)), self.p, self.training)
+        return dropout(self.fc2(x), self.p, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `cross`, cross-attention after the self-attention (DC-CA)."""
+
+    def __init__(self, D, heads, p, cross):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.attn, self.mlp = SelfAttention(D, heads, p), Mlp(D, p)
+        self.cross = CrossAttention(D, heads) if cross else None
+
+    def forward(self, x, memory):
+        x = x + self.attn(self.norm1(x))
+        if self.cross is not None:
+            x = x + self.cross(x, memory)
+        return x + self.mlp(self.norm2(x))
+
+
+def gaussian(*shape):
+    return nn.Parameter(0.02 * torch.randn(shape))
+
+
+class MAR(nn.Module):
+    """p_theta(x_c^i | visible x_c, X_d), Eq. (6): an encoder over visible tokens, a decoder over all, Eq. (5)'s head.
+
+    N tokens of d_c channels, d_d bits, `classes` classes; guidance as in GUIDANCES; mix_at "decoder" or
+    "encoder" says where Eq. (9)'s discrete tokens enter (dcmix only). ValueError on an unknown guidance
+    or if dcmix has d_d > d_c.
+    """
+
+    def __init__(self, N, d_c, d_d, classes, D, depth, heads, K, head_depth, head_width, dropout,
+                 guidance="dcmix", mix_at="decoder"):
+        super().__init__()
+        if guidance not in GUIDANCES or mix_at not in ("decoder", "encoder"):
+            raise ValueError(f"guidance must be one of {GUIDANCES} and mix_at decoder or encoder, got {guidance}, {mix_at}")
+        if guidance == "dcmix" and d_d > d_c:
+            raise ValueError(f"d_d = {d_d} bits do not fit into d_c = {d_c} channels; dcmix (Eq. 9) needs d_d <= d_c")
+        self.N, self.d_c, self.d_d, self.D, self.K, self.guidance, self.mix_at = N, d_c, d_d, D, K, guidance, mix_at
+        self.class_emb = nn.Embedding(classes, D)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+        self.fake_latent = gaussian(1, D)                                    # the class vector of "no class"
+        if guidance != "dcmix":
+            self.mask_token = gaussian(1, 1, D)                              # DC-Mix has x_d in its place
+        self.encoder_pos_embed_learned = gaussian(1, K + N, D)
+        self.decoder_pos_embed_learned = gaussian(1, K + N, D)
+        self.diffusion_pos_embed_learned = gaussian(1, N, D)
+        self.z_proj, self.z_proj_ln = linear(d_c, D), nn.LayerNorm(D, eps=1e-6)
+        if guidance in ("dcsa", "dcca"):
+            self.discrete_emb = nn.Embedding(2 ** d_d, D)                    # the learnable table of section 4.2
+            nn.init.normal_(self.discrete_emb.weight, std=0.02)
+        cross = guidance == "dcca"
+        self.encoder_blocks = nn.ModuleList(Block(D, heads, dropout, cross) for _ in range(depth))
+        self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_embed = linear(D, D)
+        self.decoder_blocks = nn.ModuleList(Block(D, heads, dropout, cross) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.diffloss = DiffusionHead(d_c, D, head_width, head_depth)
+
+    def embed(self, x, y, drop):
+        """Class vectors K times, then z_proj(x); positions and norm over both.   x (B, N, d_c) -> (B, K + N, D)"""
+        label = torch.where(drop[:, None], self.fake_latent, self.class_emb(y))                  # (B, D)
+        x = torch.cat([label[:, None].expand(-1, self.K, -1), self.z_proj(x)], dim=1)            # (B, K + N, D)
+        return self.z_proj_ln(x + self.encoder_pos_embed_learned)
+
+    def discrete(self, x_d):
+        """The discrete tokens of DC-SA and DC-CA at the continuous tokens' positions.   (B, N, d_d) -> (B, N, D)"""
+        index = ((x_d > 0).long() << torch.arange(self.d_d, device=x_d.device)).sum(-1)
+        return self.z_proj_ln(self.discrete_emb(index) + self.encoder_pos_embed_learned[:, self.K:])
+
+    def forward(self, x_c, x_d, m, y, drop):
+        """z of Eq. (6).
+
+        x_c (B, N, d_c) (values where m is True do not matter), x_d (B, N, d_d) bits (unused by guidance
+        none), m (B, N) bool with the same count in every row, y (B,) int, drop (B,) bool: no class.
+        -> z (B, N, D).
+        """
+        x = x_c
+        if self.guidance == "dcmix":
+            x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m)             # (B, N, d_c)       Eq. (9)
+        x = self.embed(x, y, drop)                                           # (B, K + N, D)
+        memory = self.discrete(x_d) if self.guidance in ("dcsa", "dcca") else None
+        prefix = self.N if self.guidance == "dcsa" else 0                    # DC-SA: N more tokens, always visible
+        hidden = torch.nn.functional.pad(m, (self.K, 0))                     # (B, K + N) class tokens are visible
+        if self.guidance == "dcmix" and self.mix_at == "encoder":
+            hidden = torch.zeros_like(hidden)
+        keep = hidden.shape[1] - int(hidden[0].sum())
+        visible = hidden.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D)
+
+        seen = x.gather(1, visible)                                          # (B, K + visible, D)
+        if prefix:
+            seen = torch.cat([memory, seen], dim=1)
+        for block in self.encoder_blocks:
+            seen = block(seen, memory)
+        seen = self.decoder_embed(self.encoder_norm(seen))
+
+        # a masked position holds DC-Mix's embedded discrete token where MAR has its mask token
+        x = self.decoder_embed(x) if self.guidance == "dcmix" else self.mask_token.expand_as(x)
+        x = x.to(seen.dtype).scatter(1, visible, seen[:, prefix:]) + self.decoder_pos_embed_learned
+        if prefix:
+            x = torch.cat([seen[:, :prefix] + self.decoder_pos_embed_learned[:, self.K:], x], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x, memory)
+        return self.decoder_norm(x)[:, prefix + self.K:] + self.diffusion_pos_embed_learned      # (B, N, D)
+
+
+# ------------------------------------------------------------------ p_phi(X_d) and g_M: MaskBit's generator
+
+class MultiHead(nn.Module):
+    """PyTorch's multi-head attention layout: in_proj_weight (3D, D), in_proj_bias, out_proj."""
+
+    def __init__(self, D, heads, p):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * D, D)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * D))
+        self.out_proj, self.heads, self.p = nn.Linear(D, D), heads, p
+
+    def forward(self, x):
+        qkv = torch.nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attention(*qkv.chunk(3, dim=-1), self.heads, self.p * self.training))
+
+
+class PriorAttention(nn.Module):
+    def __init__(self, D, heads, p, prenorm):
+        super().__init__()
+        self.mha, self.norm, self.p, self.prenorm = MultiHead(D, heads, p), nn.LayerNorm(D, eps=1e-12), p, prenorm
+
+    def forward(self, x):
+        if self.prenorm:
+            return x + dropout(self.mha(self.norm(x)), self.p, self.training)
+        return self.norm(x + dropout(self.mha(x), self.p, self.training))
+
+
+class PriorFeedForward(nn.Module):
+    def __init__(self, D, mlp, p, prenorm):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, mlp), nn.GELU(), nn.Linear(mlp, D), nn.Dropout(p))
+        self.norm, self.prenorm = nn.LayerNorm(D, eps=1e-12), prenorm
+
+    def forward(self, x):
+        return x + self.net(self.norm(x)) if self.prenorm else self.norm(x + self.net(x))
+
+
+class MaskBitPrior(nn.Module):
+    """p_phi of Eqs. (3), (4): bits in {-1, +1}, 0 where masked -> logits of every bit group.   [MaskBit]
+
+    N tokens of `bits` bits in `splits` groups; `classes` classes and one more row for "no class".
+    """
+
+    def __init__(self, N, bits, classes, D, depth, heads, mlp, prenorm=False, dropout=0.1, splits=2):
+        super().__init__()
+        self.bits, self.splits, self.classes, self.codes = bits, splits, classes, 2 ** (bits // splits)
+        self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
+        self.register_buffer("bits_to_indices", 2 ** torch.arange(bits // splits, dtype=torch.int32))
+        self.class_emb = nn.Embedding(classes + 1, D)
+        self.input_proj = nn.Linear(bits, D)
+        self.first_layer = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Dropout(dropout))
+        self.transformer = nn.Module()
+        self.transformer.layers = nn.ModuleList(
+            nn.ModuleList([PriorAttention(D, heads, dropout, prenorm), PriorFeedForward(D, mlp, dropout, prenorm)]) for _ in range(depth))
+        self.norm_after_transformer = nn.LayerNorm(D, eps=1e-12) if prenorm else None
+        self.last_layer = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12))
+        self.prediction_layer = nn.Linear(D, splits * self.codes)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_emb, std=0.02)
+
+    def forward(self, x, y, drop=None):
+        """x (B, N, bits) in {-1, 0, +1}, y (B,) int, drop (B,) bool: no class -> logits (B, N, splits, 2^(bits/splits))."""
+        if drop is not None:
+            y = torch.where(drop, self.classes, y)
+        x = torch.cat([self.input_proj(x), self.class_emb(y)[:, None]], dim=1)                   # (B, N + 1, D)
+        x = self.first_layer(x + self.pos_emb)
+        for attend, feed_forward in self.transformer.layers:
+            x = feed_forward(attend(x))
+        if self.norm_after_transformer is not None:
+            x = self.norm_after_transformer(x)
+        logits = self.prediction_layer(self.last_layer(x))[:, :-1]                               # (B, N, S C)
+        return logits.unflatten(-1, (self.splits, self.codes)).float()
+
+
+def training_mask(codes_shape, u_ratio, u_code):
+    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
+
+    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
+    """
+    return u_code.expand(codes_shape) < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
+
+
+def masked_loss(logits, codes):
+    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
+
+    logits (B, N, S, C), codes (B, N, S) int -> scalar.
+    """
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
+
+
+# ------------------------------------------------------------------ the table of section 4.1 and 4.2
+
+def main():
+    paper = {("base", "none"): "208 (MAR-B)", ("base", "dcmix"): "208 (MixAR-B)", ("large", "dcmix"): "557",
+             ("large", "dcsa"): "574", ("large", "dcca"): "707"}
+    tokens = {"none": 320, "dcmix": 320, "dcsa": 512 + 64, "dcca": 512 + 64}
+    print(f"{'preset':8}{'guidance':10}{'params (M)':>12}{'paper (M)':>16}{'tokens':>9}   (paper: 320 and, without class tokens, 512)")
+    for preset in ("base", "large"):
+        for guidance in GUIDANCES:
+            with torch.device("meta"):
+                model = MAR(256, 32, 14, 1000, guidance=guidance, **PRESETS[preset]["mar"])
+            count = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"{preset:8}{guidance:10}{count:12.1f}{paper.get((preset, guidance), ''):>16}{tokens[guidance]:9}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Inference: X_d ~ p_phi(X_d), then X_c ~ p_theta(X_c | X_d), then pixels. Eqs. (4) and (6), Fig. 3 (right).
+
+`sample_prior` is MaskBit's sampler (Eq. 4), `generate` MAR's loop over Eq. (6), `System` all models
+of a run together. Image number i of seed s is the same picture at any batch size and number of
+processes: its random numbers are a function of (s, i).
+
+Reads the checkpoints of train.py, feeds fid.py. Read fid.py next.
+Try: python sample.py runs/shapes-dcmix --out samples.png
+
+B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to predict.
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import backbone
+import mixing
+import tokenizers
+
+# ------------------------------------------------------------------ checkpoints
+
+KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
+
+
+def load_checkpoint(path, kind):
+    """The dict saved under `path` by train.py or fid.py, read without running any code in it.
+
+    kind "vae", "vq", "prior", "mixar" or "classifier". SystemExit with one line on any other file.
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        unsafe = "it would run code when loaded" if "Unsupported" in str(error) else "it is truncated or no PyTorch file"
+        raise SystemExit(f"{path}: expected a {kind} checkpoint, but {unsafe}; it was not loaded") from None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != kind:
+        raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found or 'a dict without kind'}")
+    return checkpoint
+
+
+def load_weights(module, state, path):
+    """Strict load: SystemExit naming every missing, unexpected or mis-shaped key."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise SystemExit(f"{path}: does not fit the model: " + "; ".join(wrong))
+    module.load_state_dict(state)
+
+
+def load_model(path, kind, weights="ema"):
+    """The model saved at `path` (a checkpoint, or a folder with last.pt), ready for inference, and its checkpoint dict.
+
+    weights "ema" or "raw". SystemExit with one line where it cannot be loaded.
+    """
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    checkpoint = load_checkpoint(path, kind)
+    model = KINDS[kind](**checkpoint["config"])
+    load_weights(model, checkpoint["ema" if weights == "ema" else "model"], path)
+    return model.eval().requires_grad_(False), checkpoint
+
+
+# ------------------------------------------------------------------ random numbers and precision
+
+
+class Draws:
+    """Random numbers of each image of a batch, a function of (seed, image index, stream)."""
+
+    def __init__(self, seed, indices, stream, device="cpu"):
+        self.device = device
+        self.generators = [np.random.Generator(np.random.Philox(key=[seed, 2 * int(i) + stream])) for i in indices]
+
+    def stack(self, draw):
+        return torch.tensor(np.stack([draw(g) for g in self.generators])).to(self.device)
+
+    def uniform(self, *shape):
+        return self.stack(lambda g: g.random(shape, dtype=np.float32))
+
+    def normal(self, *shape):
+        return self.stack(lambda g: g.standard_normal(shape, dtype=np.float32))
+
+    def gumbel(self, *shape):
+        return self.stack(lambda g: g.gumbel(size=shape).astype(np.float32))
+
+    def order(self, N):
+        return self.stack(lambda g: g.permutation(N))
+
+
+def autocast(amp, device):
+    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 matrix units, else fp32."""
+    if amp == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        amp = "bf16" if fast else "fp32"
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "fp32" else nullcontext()
+
+
+# ------------------------------------------------------------------ X_d ~ p_phi(X_d)
+
+
+def prior_guidance(g, power, i, steps):
+    """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
+    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
+
+
+@torch.no_grad()
+def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
+    """Eq. (4): X_d from all masked in `steps` steps, keeping the most certain codes each time.   [MaskBit]
+
+    y (B,) int; draw(logits (B, N, S, 2^e)) -> codes (B, N, S); gumbel() -> (B, N, S) Gumbel noise, scaled by
+    `temperature`, that falls to 0. -> bits (B, N, S e) in {-1, +1}.
+    """
+    B, N, S, e = len(y), prior.pos_emb.shape[1] - 1, prior.splits, prior.bits // prior.splits
+    codes = torch.full((B, N, S), 2 ** e, device=y.device)
+    nobody = torch.zeros(B, dtype=torch.bool, device=y.device)
+    for i in range(steps):
+        r, known = (i + 1) / steps, codes < 2 ** e
+        x, g = mixing.codes_to_bits(codes, e), prior_guidance(guidance, power, i, steps)
+        if g != 0:
+            logits, free = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([nobody, ~nobody])).chunk(2)
+            logits = logits + g * (logits - free)
+        else:
+            logits = prior(x, y)
+        drawn = torch.where(known, codes, draw(logits))
+        score = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0] + gumbel() * temperature * (1 - r)
+        score = score.masked_fill(known, math.inf)
+        ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
+        k = min(max(math.floor(ratio * N * S), 1), int((~known[0]).sum()) - 1)
+        threshold = score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
+        codes = torch.where(score <= threshold, 2 ** e, drawn)               # the k least certain are masked again
+    return mixing.codes_to_bits(drawn, e)
+
+
+# ------------------------------------------------------------------ X_c ~ p_theta(X_c | X_d)
+
+
+def hidden_after(s, steps, N, hidden):
+    """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
+    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))
+
+
+@torch.no_grad()
+def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, on_step=None):
+    """Eq. (6): fill the masked X_c in ar_steps steps, each token by the diffusion head.   [MAR]
+
+    x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), noise(now (B, N) bool) ->
+    (diffusion_steps, rows, C) standard normal for the tokens of this step, on_step(m) sees the mask left.
+    cfg is the guidance scale, growing linearly with the tokens known or constant. -> x_c (B, N, C).
+    """
+    B, N = order.shape
+    x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
+    everybody = torch.ones(B, dtype=torch.bool, device=order.device)
+    for s in range(ar_steps):
+        m, left = mixing.hide(order, hidden), hidden_after(s, ar_steps, N, hidden)
+        scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
+        left = 0 if s == ar_steps - 1 else left
+        now = m & ~mixing.hide(order, left)
+        z = model(x_c, x_d, m, y, ~everybody)[now]                           # (rows, D)
+        z_uncond = model(x_c, x_d, m, y, everybody)[now] if cfg != 1 else None
+        x_c[now] = model.diffloss.sample(z, noise(now), diffusion_steps, temperature, z_uncond, scale)
+        hidden = left
+        if on_step:
+            on_step(mixing.hide(order, hidden))
+        if hidden == 0:
+            break
+    return x_c
+
+
+# ------------------------------------------------------------------ a run: prior, MixAR, tokenizers
+
+
+def to_bytes(x):
+    """Pictures in [-1, 1] to uint8, rounded half to even.   [MAR]"""
+    return ((x + 1) * 127.5).clamp(0, 255).round().byte()
+
+
+class System:
+    """Everything `run` (a run folder or its checkpoint) needs to draw pictures. SystemExit if a part is missing or foreign."""
+
+    def __init__(self, run, device="cpu", weights="ema", model=None):
+        path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
+        loaded, checkpoint = load_model(path, "mixar", weights)
+        self.model = loaded if model is None else model
+        self.meta, self.device, self.step = checkpoint["meta"], torch.device(device), checkpoint["step"]
+        shared = path.parent / self.meta["shared"]
+        self.vae, self.vq, self.prior = (load_model(shared / kind, kind)[0] for kind in ("vae", "vq", "prior"))
+        found = [tokenizers.fingerprint(self.vae), tokenizers.fingerprint(self.vq)]
+        if found != self.meta["tokenizers"]:
+            raise SystemExit(f"{path} was trained with the tokenizers {self.meta['tokenizers']}, but {shared} holds {found}")
+        for model in (self.model, self.vae, self.vq, self.prior):
+            model.to(self.device)
+        self.mean, self.std = (torch.tensor(self.meta[k], device=self.device) for k in ("latent_mean", "latent_std"))
+
+    def grid(self, tokens):
+        """(B, N, C) -> (B, C, h, w)"""
+        side = math.isqrt(tokens.shape[1])
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+    def draw_discrete(self, seed, indices, y, settings):
+        """X_d of the images `indices` with classes y (B,) -> bits (B, N, d_d)."""
+        draws, shape = Draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
+        return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, draws.uniform(*shape)), lambda: draws.gumbel(*shape),
+                            settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
+
+    def draw_continuous(self, seed, indices, y, x_d, settings, on_step=None):
+        """X_c given X_d -> (B, N, d_c), normalised."""
+        draws, steps, C = Draws(seed, indices, 1, self.device), settings["diffusion_steps"], self.model.d_c
+        order = draws.order(self.model.N)
+        noise = lambda now: draws.normal(steps, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
+        return generate(self.model, x_d, y, order, noise, settings["ar_steps"], steps, settings["cfg"], settings["cfg_schedule"],
+                        settings["temperature"], on_step)
+
+    @torch.no_grad()
+    def decode_discrete(self, x_d):
+        """bits (B, N, d_d) -> uint8 (B, 3, H, W)."""
+        return to_bytes(self.vq.decode(self.grid(x_d)) * 2 - 1)
+
+    @torch.no_grad()
+    def decode_continuous(self, x_c):
+        """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)."""
+        return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
+
+
+def save_grid(images, path, columns):
+    """uint8 (n, 3, H, W), n a multiple of columns -> one png, row by row."""
+    n, _, H, W = images.shape
+    rows = images.cpu().numpy().reshape(n // columns, columns, 3, H, W).transpose(0, 3, 1, 4, 2)
+    picture = Image.fromarray(rows.reshape(n // columns * H, columns * W, 3))
+    tokenizers.write_whole(path, lambda file: picture.save(file, "png"))
+
+
+def draw_figures(system, folder, step, seed, amp, rows=8, columns=10):
+    """samples.png (a column per class) and compare.png, in the manner of Fig. 2: X_d decoded above, MixAR from the same X_d below."""
+    indices = np.arange(rows * columns)
+    y = torch.tensor(indices % columns % len(system.meta["classes"]), device=system.device)
+    with autocast(amp, system.device):
+        x_d = system.draw_discrete(seed, indices, y, system.meta["sampling"])
+        x_c = system.draw_continuous(seed, indices, y, x_d, system.meta["sampling"])
+    mixed, discrete = system.decode_continuous(x_c), system.decode_discrete(x_d)
+    save_grid(mixed, Path(folder) / "samples.png", columns)
+    save_grid(torch.cat([discrete[:10], mixed[:10], discrete[10:20], mixed[10:20]]), Path(folder) / "compare.png", columns)

@@ -1,0 +1,451 @@
+"""Training: one loop for the four models, in the order of the paper's Fig. 3 (left).
+
+    images -> KL-VAE, bit tokenizer (Eq. 7) -> token cache -> prior p_phi(X_d) (Eq. 3) -> MixAR (Eqs. 5, 6, 8 to 12)
+
+What a data set needs once lies in runs/DATA/ (vae, vq, tokens, prior) and is shared by every guidance;
+the run itself lies in runs/DATA-GUIDANCE[-ti]/. A stopped run started again goes on where it was.
+
+Reads every other file, writes runs/. `mixar_loss` is the step of the paper. Read sample.py next.
+Try: torchrun train.py --guidance dcmix
+
+B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per token; m True = to predict.
+"""
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import time
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import backbone
+import mixing
+import sample
+import tokenizers
+
+# Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
+RECIPES = {
+    "tiny": dict(vae=dict(steps=400, batch=64, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=400, batch=64, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 prior=dict(steps=700, batch=64, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=40, anneal=True),
+                 mixar=dict(steps=1000, batch=64, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=40, anneal=False)),
+}
+SAMPLING = {"tiny": dict(ar_steps=8, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0,
+                         prior_steps=12, prior_cfg=2.0, prior_power=1.0, prior_temperature=3.0)}
+CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
+
+
+# ------------------------------------------------------------------ the step of the paper
+
+def mixar_loss(model, batch, draw, step, prior, args):
+    """Eqs. (7) to (12), (6), (5) on one batch -> mean loss per masked token.
+
+    batch: mean, deviation of x_c (B, N, d_c), x_d (B, N, d_d), y (B,); draw(f, *shape): f's random numbers (B, *shape).
+    """
+    mean, std, x_d, y = batch
+    (B, N, d_c), R = mean.shape, args.draws
+    x_c = mean + std * draw(torch.randn, N, d_c)                             # (B, N, d_c)   Eq. (7), cached moments
+    ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
+    m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
+    drop = draw(torch.rand) < args.label_drop
+    x_g = x_d
+    if args.ti_mix:
+        x_hat = mixing.predict_masked(prior, x_d, m, y, draw(torch.rand, N, prior.splits))   # Eqs. (10), (11)
+        x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), mixing.ti_lambda(step, args.steps))      # Eq. (12)
+    z = model(x_c, x_g, m, y, drop)                                          # (B, N, D)     Eqs. (6), (9)
+    hidden = int(m[0].sum())                                                 # N'
+    t = (draw(torch.rand, R, hidden) * 1000).long().transpose(0, 1).flatten(1)           # (R, B N')
+    noise = draw(torch.randn, R, hidden, d_c).transpose(0, 1).flatten(1, 2)              # (R, B N', d_c)
+    return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
+
+
+def prior_loss(model, batch, draw, step, label_drop=0.1):
+    """Eq. (3): predict the codes behind a random mask."""
+    _, _, x_d, y = batch
+    codes = tokenizers.to_indices(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
+    mask = backbone.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
+    x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
+    return backbone.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
+
+
+def vae_loss(model, batch, draw, step):
+    """Reconstruction (L1) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
+    x = batch[0] * 2 - 1
+    mean, logvar = (a.float() for a in model.encode(x))
+    y = model.decode(tokenizers.reparameterize(mean, logvar, draw(torch.randn, *mean.shape[1:])))
+    return (x - y).abs().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+
+
+def vq_loss(model, batch, draw, step):
+    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit] without perceptual and GAN terms"""
+    x = batch[0]
+    z = model.encode(x).float()
+    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight-through
+    commitment, per_sample, average = tokenizers.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
+    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
+
+
+# ------------------------------------------------------------------ processes, data order, random numbers
+
+def world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(q):
+    """The value is the mean over ranks; the gradient flows through this rank's own q, which DDP then averages."""
+    if not dist.is_initialized():
+        return q
+    total = q.detach().clone()
+    dist.all_reduce(total)
+    return q + (total / dist.get_world_size() - q).detach()
+
+
+class Draw:
+    """The random numbers of one step for the global batch, a function of (seed, step); each rank keeps its rows."""
+
+    def __init__(self, seed, step, B, device):
+        rank, ranks = world()
+        self.B, self.device, self.rows = B, device, slice(rank * B // ranks, (rank + 1) * B // ranks)
+        self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)
+
+    def shared(self, f, *shape):
+        return f(shape, generator=self.generator, device=self.device)
+
+    def __call__(self, f, *shape):
+        return self.shared(f, self.B, *shape)[self.rows]
+
+
+@lru_cache(2)
+def epoch_order(n, seed, epoch):
+    return np.random.RandomState([seed, epoch]).permutation(n)
+
+
+def batch_rows(n, B, seed, step):
+    """The picture numbers of step `step`, a function of (seed, epoch); every epoch leaves out its last n mod B.   -> (B,)"""
+    per_epoch = max(n // B, 1)
+    k = step % per_epoch
+    return np.resize(epoch_order(n, seed, step // per_epoch), max(n, B))[k * B:(k + 1) * B]
+
+
+# ------------------------------------------------------------------ the loop
+
+class Loss(nn.Module):
+    """A loss as a module, so that DistributedDataParallel sees one forward call."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
+
+
+def make_optimizer(model, recipe):
+    """AdamW; decay only on matrices and tables outside the diffusion head.   [MAR]"""
+    decays = lambda name, p: p.ndim > 1 and "diffloss" not in name
+    groups = [dict(params=[p for n, p in model.named_parameters() if decays(n, p) == flag], weight_decay=recipe["decay"] * flag) for flag in (True, False)]
+    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"])
+
+
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
+    rate = recipe["lr"] * min(1, (step + 1) / max(recipe["warmup"], 1))
+    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
+
+
+@torch.no_grad()
+def update_ema(ema, model, n, decay):
+    """The n-th moving average (n from 0), decay min(decay, (1 + n) / (10 + n))."""
+    decay = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+class Log:
+    """log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
+
+    def __init__(self, folder, step, tensorboard):
+        self.path, rows = folder / "log.csv", []
+        if self.path.is_file():
+            rows = [row for row in csv.DictReader(self.path.open()) if int(row["step"]) <= step]
+        self.fields = ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"]
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.file = self.path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, self.fields)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+            self.board = SummaryWriter(folder)
+
+    def write(self, **row):
+        self.writer.writerow(row | dict(seconds=round(self.seconds + row["seconds"], 2)))
+        self.file.flush()
+        if self.board:
+            for name in ("loss", "lr", "grad_norm"):
+                self.board.add_scalar(name, row[name], row["step"])
+
+
+def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, preview, init=None):
+    """Train `model` with `loss` for recipe["steps"] steps, resuming from folder/last.pt; returns nothing, saves everything.
+
+    get_batch(rows) -> tuple of tensors. SystemExit on a checkpoint of other settings, on repeated non-finite losses, after SIGTERM.
+    """
+    rank, ranks = world()
+    device, B, steps = torch.device(args.device), recipe["batch"], recipe["steps"]
+    if B % ranks:
+        raise SystemExit(f"--batch-size {B} is not a multiple of the {ranks} processes")
+    path, step, ema_start = folder / "last.pt", 0, 0
+    model = model.to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    settings = dict(config=config, seed=args.seed, batch=B)
+    if path.is_file():
+        saved = sample.load_checkpoint(path, kind)
+        if saved["settings"] != settings:
+            raise SystemExit(f"{path} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
+        for module, key in ((model, "model"), (ema, "ema")):
+            sample.load_weights(module, saved[key], path)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, ema_start = saved["step"], saved["ema_start"]
+    elif init:
+        saved = sample.load_checkpoint(init, kind)
+        for module, key in ((model, "model"), (ema, "ema")):
+            sample.load_weights(module, saved[key], init)
+        ema_start = saved["ema_start"] + saved["step"]
+
+    def save():
+        if rank == 0:
+            state = dict(kind=kind, config=config, settings=settings, meta=meta, step=step, ema_start=ema_start, model=model.state_dict(),
+                         ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=vars(args))
+            tokenizers.write_whole(path, lambda file: torch.save(state, file))
+
+    module = Loss(model.train(), loss)
+    ddp = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None) if ranks > 1 else module
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = Log(folder, step, args.tensorboard)
+    bad, start, first = 0, time.time(), step
+    bar = tqdm(range(step, steps), desc=f"{kind:6}", unit="step", initial=step, total=steps, disable=rank > 0, mininterval=1)
+    while step < steps:
+        draw = Draw(args.seed, step, B, device)
+        rows = batch_rows(n, B, args.seed, step)[draw.rows]
+        torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)      # dropout only
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        with sample.autocast(args.amp, device):
+            value = ddp(tuple(a.to(device) for a in get_batch(rows, draw)), draw, step)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        shown = float(mean_over_ranks(value.detach()))
+        if math.isfinite(shown) and (math.isfinite(norm) or scaler.is_enabled()):
+            scaler.step(optimizer)
+            scaler.update()
+            update_ema(ema, model, ema_start + step, args.ema)
+            bad = 0
+        else:
+            bad += 1
+            if bad == 5:
+                raise SystemExit(f"{kind}: the loss was not finite ({shown}) in 5 steps running, at step {step}; nothing of them was kept. "
+                                 f"Lower --lr and start again from {path if path.is_file() else 'the beginning'}")
+        step += 1
+        bar.update()
+        if rank == 0 and (step % args.log_every == 0 or step == steps):
+            seconds = time.time() - start
+            bar.set_postfix(loss=f"{shown:.4f}")
+            log.write(step=step, loss=round(shown, 6), lr=group["lr"], grad_norm=round(float(norm), 4),
+                      images_per_second=round((step - first) * B / seconds, 1), seconds=seconds)
+        if step % args.save_every == 0 or step == steps or stop:
+            save()
+        if stop:
+            raise SystemExit(f"{kind}: stopped by SIGTERM at step {step}, saved in {path}; start again to go on")
+        if rank == 0 and preview and args.sample_every and step % args.sample_every == 0 and step < steps:
+            preview(ema.eval(), step)
+    bar.close()
+    signal.signal(signal.SIGTERM, previous)
+    barrier()
+    if rank == 0 and preview:
+        preview(ema.eval(), step)
+    barrier()
+
+
+# ------------------------------------------------------------------ the stages
+
+def done(folder, kind):
+    """Whether folder/last.pt holds a finished model of this kind."""
+    path = folder / "last.pt"
+    if not path.is_file():
+        return False
+    saved = sample.load_checkpoint(path, kind)
+    return saved["step"] >= saved["args"][f"{kind}_steps" if kind != "mixar" else "steps"]
+
+
+def train_tokenizer(args, shared, kind, images):
+    """Stage vae or vq: pixels -> tokenizer, and a picture of originals above reconstructions."""
+    config = backbone.PRESETS[args.preset][kind]
+    if kind == "vq" and config["bits"] > 14:
+        raise SystemExit("the bit tokenizer trains with at most 14 bits")
+    torch.manual_seed(args.seed)
+    model = sample.KINDS[kind](**config)
+
+    def get_batch(rows, draw):
+        x = torch.tensor(images.pixels[rows]).float() / 255
+        if images.mirror:
+            flip = draw(torch.rand).cpu() < 0.5
+            x = torch.where(flip[:, None, None, None], x.flip(3), x)
+        return (x,)
+
+    @torch.no_grad()
+    def preview(ema, step):
+        x = torch.tensor(images.pixels[:10]).to(args.device).float() / 255
+        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
+        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", 10)
+
+    loss = vae_loss if kind == "vae" else vq_loss
+    fit(args, shared / kind, kind, model, config, loss, len(images.labels), get_batch, args.recipe[kind], {}, preview)
+
+
+def token_batches(tokens, labels):
+    """get_batch for the prior and MixAR: cached tokens, a random one of picture and mirror image."""
+    def get_batch(rows, draw):
+        flip = (draw(torch.rand) * tokens.F).long().cpu().numpy()
+        return (*tokens[flip, rows], torch.tensor(labels[rows]))
+    return get_batch
+
+
+def train_prior(args, shared, images, tokens):
+    """Stage prior: p_phi(X_d) on the cached bits."""
+    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(images.classes)) | backbone.PRESETS[args.preset]["prior"]
+    torch.manual_seed(args.seed)
+    model = backbone.MaskBitPrior(**config)
+    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), len(images.labels),
+        token_batches(tokens, images.labels), args.recipe["prior"], {}, None)
+
+
+def train_mixar(args, shared, run, images, tokens):
+    """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
+    N, d_c = tokens.indices[0, 0].size, len(tokens.mean)
+    config = dict(N=N, d_c=d_c, d_d=tokens.meta["bits"], classes=len(images.classes), guidance=args.guidance, mix_at=args.mix_at)
+    config |= backbone.PRESETS[args.preset]["mar"]
+    torch.manual_seed(args.seed)
+    model = backbone.MAR(**config)
+    prior = sample.load_model(shared / "prior", "prior")[0].to(args.device) if args.ti_mix else None
+    meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, tokenizers=[tokens.meta["vae"], tokens.meta["vq"]],
+                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data, sampling=SAMPLING[args.preset])
+
+    def preview(ema, step):
+        system = sample.System(run, args.device, model=ema)
+        sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
+
+    fit(args, run, "mixar", model, config, partial(mixar_loss, prior=prior, args=args), len(images.labels),
+        token_batches(tokens, images.labels), args.recipe["mixar"], meta, preview, init=args.init)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("what to train")
+    g.add_argument("--data", default="shapes", help="shapes (drawn here), a folder of class folders, or a folder of MNIST-family idx files")
+    g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES, help="how X_d guides X_c, section 3.3; none is plain MAR [paper]")
+    g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"], help="where dcmix's discrete tokens enter [ours]")
+    g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
+    g.add_argument("--init", help="start from this MixAR checkpoint or run, as TI-Mix does from DC-Mix, section 4.3 [paper]")
+    g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
+    g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see python backbone.py")
+    g.add_argument("--images", type=int, help="use at most this many pictures")
+    g = p.add_argument_group("length and rate (unset: the preset's recipe)")
+    for kind in ("vae", "vq", "prior"):
+        g.add_argument(f"--{kind}-steps", type=int, help=f"steps of stage {kind}")
+    g.add_argument("--steps", type=int, help="steps of stage mixar")
+    g.add_argument("--batch-size", type=int, help="global batch of every stage, whatever the number of processes")
+    g.add_argument("--lr", type=float, help="learning rate of stage mixar, constant after the warm-up [MAR]")
+    g.add_argument("--warmup", type=int, help="warm-up steps of stage mixar [MAR]")
+    g.add_argument("--weight-decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
+    g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
+    g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
+    g.add_argument("--draws", type=int, default=4, help="diffusion draws (t, eps) per token in Eq. 5 [MAR]")
+    g.add_argument("--label-drop", type=float, default=0.1, help="how often the class is withheld, for guidance [MAR]")
+    g.add_argument("--clip", type=float, default=CLIP, help="largest gradient norm [MAR]")
+    g.add_argument("--ema", type=float, default=EMA, help="decay of the moving average after its warm-up [MAR]")
+    g = p.add_argument_group("running")
+    g.add_argument("--runs", default="runs", help="where all runs lie")
+    g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
+    g.add_argument("--seed", type=int, default=0, help="start values, data order, masks and noise")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
+    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    g.add_argument("--sample-every", type=int, default=500, help="steps between pictures, 0 for only at the end")
+    g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
+    g.add_argument("--tensorboard", action="store_true", help="write an event file too")
+    args = p.parse_args(argv)
+    args.recipe = copy.deepcopy(RECIPES[args.preset])
+    for kind, recipe in args.recipe.items():
+        recipe["steps"] = getattr(args, "steps" if kind == "mixar" else f"{kind}_steps") or recipe["steps"]
+        setattr(args, "steps" if kind == "mixar" else f"{kind}_steps", recipe["steps"])
+        recipe["batch"] = args.batch_size or recipe["batch"]
+    for name, flag in (("lr", args.lr), ("warmup", args.warmup), ("decay", args.weight_decay)):
+        args.recipe["mixar"][name] = args.recipe["mixar"][name] if flag is None else flag
+    return args
+
+
+def main():
+    args = parse()
+    if "LOCAL_RANK" in os.environ:                                           # started by torchrun
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    rank, _ = world()
+    data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
+    shared = Path(args.runs) / data
+    run = Path(args.out) if args.out else Path(args.runs) / f"{data}-{args.guidance}{'-ti' if args.ti_mix else ''}"
+    wants = lambda stage: args.stage in ("all", stage)
+    size = backbone.PRESETS[args.preset]["size"]
+    for turn in (rank == 0, rank > 0):                                       # rank 0 decodes the pictures, the others then read them
+        if turn:
+            images = tokenizers.Images(shared / "images", args.data, "train", size, args.images)
+        barrier()
+    for kind in ("vae", "vq"):
+        if args.stage == kind or wants(kind) and not done(shared / kind, kind):
+            train_tokenizer(args, shared, kind, images)
+    if args.stage in ("vae", "vq"):
+        return
+    vae, vq = (sample.load_model(shared / kind, kind)[0].to(args.device) for kind in ("vae", "vq"))
+    if rank == 0 and wants("cache") and not (shared / "tokens" / "meta.json").is_file():
+        tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
+    barrier()
+    tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
+    if args.stage == "prior" or wants("prior") and not done(shared / "prior", "prior"):
+        train_prior(args, shared, images, tokens)
+    if wants("mixar"):
+        train_mixar(args, shared, run, images, tokens)
+        if rank == 0:
+            print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
+
+
+if __name__ == "__main__":
+    main()
