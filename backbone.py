@@ -24,9 +24,9 @@ GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 # mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
 # prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
 PRESETS = {
-    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8),
-                 mar=dict(D=192, depth=3, heads=6, K=8, head_depth=3, head_width=192, dropout=0.0),
-                 prior=dict(D=160, depth=5, heads=5, mlp=640, prenorm=True, dropout=0.0)),
+    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 1, 2), blocks=1, z=8, groups=8), vq=dict(width=32, mult=(1, 1, 2), blocks=1, bits=8, groups=8),
+                 mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
+                 prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
                  mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
                  prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1)),

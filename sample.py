@@ -102,7 +102,7 @@ class Draws:
 def autocast(amp, device):
     """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 matrix units, else fp32."""
     if amp == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         amp = "bf16" if fast else "fp32"
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "fp32" else nullcontext()
 
@@ -233,11 +233,16 @@ class System:
         return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
 
 
-def save_grid(images, path, columns):
-    """uint8 (n, 3, H, W), n a multiple of columns -> one png, row by row."""
+def tile(images, columns):
+    """uint8 (n, 3, H, W), n a multiple of columns -> one picture (n / columns * H, columns * W, 3), row by row."""
     n, _, H, W = images.shape
     rows = images.cpu().numpy().reshape(n // columns, columns, 3, H, W).transpose(0, 3, 1, 4, 2)
-    picture = Image.fromarray(rows.reshape(n // columns * H, columns * W, 3))
+    return rows.reshape(n // columns * H, columns * W, 3)
+
+
+def save_grid(images, path, columns):
+    """uint8 (n, 3, H, W), n a multiple of columns -> one png."""
+    picture = Image.fromarray(tile(images, columns))
     tokenizers.write_whole(path, lambda file: picture.save(file, "png"))
 
 
@@ -251,3 +256,120 @@ def draw_figures(system, folder, step, seed, amp, rows=8, columns=10):
     mixed, discrete = system.decode_continuous(x_c), system.decode_discrete(x_d)
     save_grid(mixed, Path(folder) / "samples.png", columns)
     save_grid(torch.cat([discrete[:10], mixed[:10], discrete[10:20], mixed[10:20]]), Path(folder) / "compare.png", columns)
+
+
+def fill_in(path, system, settings, y, seed, columns=10):
+    """An animated gif of Eq. (9)'s mixed sequence: decoded discrete patches give way to continuous ones, AR step by AR step."""
+    indices, masks = np.arange(len(y)), [torch.ones(len(y), system.model.N, dtype=torch.bool, device=system.device)]
+    x_d = system.draw_discrete(seed, indices, y, settings)
+    x_c = system.draw_continuous(seed, indices, y, x_d, settings, on_step=masks.append)
+    discrete, mixed, frames = system.decode_discrete(x_d), system.decode_continuous(x_c), []
+    for m in masks:
+        patch = system.grid(m[..., None].float())                            # (B, 1, h, w), 1 = still discrete
+        picture = torch.where(torch.nn.functional.interpolate(patch, mixed.shape[2:]) > 0, discrete, mixed)
+        frames.append(Image.fromarray(tile(picture, columns)).resize((columns * 64, len(y) // columns * 64), Image.NEAREST))
+    tokenizers.write_whole(path, lambda file: frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=[300] * (len(frames) - 1) + [2000], loop=0))
+
+
+def wanted_classes(text, classes):
+    """"all", or comma-separated names or numbers -> list of ints. SystemExit naming an unknown class."""
+    if text == "all":
+        return list(range(len(classes)))
+    unknown = [name for name in text.split(",") if name not in classes and not (name.isdigit() and int(name) < len(classes))]
+    if unknown:
+        raise SystemExit(f"--classes {unknown[0]}: unknown class; the run has {', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}")
+    return [classes.index(name) if name in classes else int(name) for name in text.split(",")]
+
+
+def draw_pngs(system, folder, labels, settings, args, rank, ranks):
+    """One png per image in `folder`, in batches, skipping those that are there. -> images drawn, seconds, seconds in the prior."""
+    todo = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()]
+    seconds = prior_seconds = 0.0
+    bar = tqdm(total=len(todo), desc="samples", unit="img", disable=rank > 0 or None)
+    for k in range(0, len(todo), args.batch_size):
+        indices, start = todo[k:k + args.batch_size], time.time()
+        y = torch.tensor([labels[i] for i in indices], device=system.device)
+        with autocast(args.amp, system.device):
+            x_d = system.draw_discrete(args.seed, indices, y, settings)
+            prior_seconds += time.time() - start
+            if args.decode == "discrete":
+                pictures = system.decode_discrete(x_d)
+            else:
+                pictures = system.decode_continuous(system.draw_continuous(args.seed, indices, y, x_d, settings))
+        pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        seconds += time.time() - start
+        for i, picture in zip(indices, pictures):
+            tokenizers.write_whole(folder / f"{i:06d}.png", lambda file: Image.fromarray(picture).save(file, "png"))
+        bar.update(len(indices))
+    bar.close()
+    return len(todo), seconds, prior_seconds
+
+
+def gather(folder, count, out, columns):
+    """The pngs of `folder` as one grid png or one npz (`arr_0` uint8 NHWC, as the ADM evaluator reads it)."""
+    pictures = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(count)])
+    if out.suffix == ".npz":
+        tokenizers.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
+    else:
+        columns = min(columns, count)
+        empty = np.zeros((-count % columns, *pictures.shape[1:]), np.uint8)
+        save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("run", help="a run folder such as runs/shapes-dcmix, or its checkpoint")
+    p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
+    p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
+    p.add_argument("--count", type=int, default=80, help="number of images")
+    p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes")
+    p.add_argument("--batch-size", type=int, default=80, help="images drawn at once by each process")
+    p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights")
+    p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer")
+    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"),
+                             ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
+                             ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
+                             ("prior-temperature", float, "randomness of which codes the prior keeps")):
+        p.add_argument(f"--{name}", type=kind, help=f"{text} (default: the run's)")
+    p.add_argument("--cfg-schedule", choices=["linear", "constant"], help="guidance over AR steps (default: the run's)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py")
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    system = System(args.run, device, args.weights)
+    settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if getattr(args, k, None) is not None}
+    chosen = wanted_classes(args.classes, system.meta["classes"])
+    labels = [chosen[i % len(chosen)] for i in range(args.count)]
+    run_folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    out, columns = Path(args.out) if args.out else run_folder / "grid.png", min(len(chosen), 10) if len(chosen) > 1 else 10
+    if out.suffix == ".gif":
+        with autocast(args.amp, system.device):
+            fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
+        print(out)
+        return
+    folder = out.with_name(out.name + ".parts") if out.suffix in (".png", ".npz") else out
+    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **settings)
+    note = folder / "settings.json"
+    if note.is_file() and json.loads(note.read_text()) != made_from:
+        raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
+    tokenizers.write_whole(note, lambda file: file.write(json.dumps(made_from, indent=1).encode()))
+    drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
+    if drawn and rank == 0:
+        print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "
+              f"{device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
+    if rank == 0 and folder != out:
+        while len(list(folder.glob("*.png"))) < args.count:                  # the other processes are still drawing
+            time.sleep(0.2)
+        gather(folder, args.count, out, columns)
+        shutil.rmtree(folder)
+    if rank == 0:
+        print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,13 @@ def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def set_groups(model, groups):
+    """Other than the official 32 groups: at width 32 a group would be one channel and its norm would erase the picture's mean colour."""
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = groups
+
+
 class ResBlock(nn.Module):
     """norm, silu, 3x3 convolution, twice, beside a shortcut.
 
@@ -177,11 +184,12 @@ class KLVAE(nn.Module):
     puts attention at the decoder's lowest level (VA-VAE has it, KL-16 not).
     """
 
-    def __init__(self, width, mult, blocks, z, attn=True):
+    def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
         self.encoder, self.decoder = KLEncoder(widths, blocks, z), KLDecoder(widths, blocks, z, attn)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+        set_groups(self, groups)
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance in [-30, 20], each (B, z, h, w)."""
@@ -254,7 +262,7 @@ class BitDecoder(nn.Module):
 class BitVQ(nn.Module):
     """x_d = VQVAE(I) of Eq. (7): every token is `bits` signs, no codebook is learned.   [MaskBit]"""
 
-    def __init__(self, width, mult, blocks, bits):
+    def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
         self.encoder, self.decoder = BitEncoder(widths, blocks, bits), BitDecoder(widths, blocks, bits)
@@ -262,6 +270,7 @@ class BitVQ(nn.Module):
         powers = 2 ** torch.arange(bits, dtype=torch.int32)
         self.quantize.register_buffer("bits_to_indices", powers)
         self.quantize.register_buffer("codebook", to_bits(torch.arange(2 ** bits), bits))
+        set_groups(self, groups)
 
     def encode(self, images):
         """images (B, 3, H, W) in [0, 1] -> z (B, bits, h, w) before quantisation."""

@@ -36,10 +36,10 @@ import tokenizers
 
 # Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
 RECIPES = {
-    "tiny": dict(vae=dict(steps=400, batch=64, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=400, batch=64, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 prior=dict(steps=700, batch=64, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=40, anneal=True),
-                 mixar=dict(steps=1000, batch=64, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=40, anneal=False)),
+    "tiny": dict(vae=dict(steps=700, batch=16, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=600, batch=16, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 prior=dict(steps=1500, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
+                 mixar=dict(steps=1500, batch=32, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
 }
 SAMPLING = {"tiny": dict(ar_steps=8, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0,
                          prior_steps=12, prior_cfg=2.0, prior_power=1.0, prior_temperature=3.0)}
@@ -80,11 +80,11 @@ def prior_loss(model, batch, draw, step, label_drop=0.1):
 
 
 def vae_loss(model, batch, draw, step):
-    """Reconstruction (L1) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
+    """Reconstruction (MSE) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
     x = batch[0] * 2 - 1
     mean, logvar = (a.float() for a in model.encode(x))
     y = model.decode(tokenizers.reparameterize(mean, logvar, draw(torch.randn, *mean.shape[1:])))
-    return (x - y).abs().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+    return (x - y).square().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
 
 
 def vq_loss(model, batch, draw, step):
@@ -311,6 +311,8 @@ def train_tokenizer(args, shared, kind, images):
         raise SystemExit("the bit tokenizer trains with at most 14 bits")
     torch.manual_seed(args.seed)
     model = sample.KINDS[kind](**config)
+    if kind == "vae":
+        nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
 
     def get_batch(rows, draw):
         x = torch.tensor(images.pixels[rows]).float() / 255
