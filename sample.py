@@ -337,8 +337,8 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     system = System(args.run, device, args.weights)

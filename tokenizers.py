@@ -461,7 +461,7 @@ def open_source(data, split, size, count):
     why not as text. SystemExit with one line if there is no such data, LookupError if it has no test split.
     """
     if data == "shapes":
-        return Shapes(split, size, count or {"train": 20000, "test": 10000}[split])
+        return Shapes(split, size, count or 10000)
     if not Path(data).is_dir():
         raise SystemExit(f"--data {data}: no such folder; give class folders, MNIST-family idx files, or shapes")
     source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(data, split, size)
@@ -527,7 +527,7 @@ def cache_tokens(folder, images, vae, vq, device, batch=256):
     for start in tqdm(range(0, n, batch), desc="token cache", unit="batch", leave=False):
         pixels = torch.tensor(images.pixels[start:start + batch]).to(device).float() / 255
         for f, x in enumerate([pixels, pixels.flip(3)][:1 + images.mirror]):
-            mean, logvar = vae.encode(x * 2 - 1)
+            mean, logvar = (a.float() for a in vae.encode(x * 2 - 1))
             index = to_indices(quantise(vq.encode(x)).movedim(1, -1))
             if moments is None:
                 shape = (1 + images.mirror, n)

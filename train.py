@@ -261,7 +261,7 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
         scaler.scale(value).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        shown = float(mean_over_ranks(value.detach()))
+        shown, stopping = mean_over_ranks(torch.stack([value.detach().float(), torch.tensor(float(len(stop)), device=device)])).tolist()
         if math.isfinite(shown) and (math.isfinite(norm) or scaler.is_enabled()):
             scaler.step(optimizer)
             scaler.update()
@@ -279,9 +279,9 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
             bar.set_postfix(loss=f"{shown:.4f}")
             log.write(step=step, loss=round(shown, 6), lr=group["lr"], grad_norm=round(float(norm), 4),
                       images_per_second=round((step - first) * B / seconds, 1), seconds=seconds)
-        if step % args.save_every == 0 or step == steps or stop:
+        if step % args.save_every == 0 or step == steps or stopping:
             save()
-        if stop:
+        if stopping:
             raise SystemExit(f"{kind}: stopped by SIGTERM at step {step}, saved in {path}; start again to go on")
         if rank == 0 and preview and args.sample_every and step % args.sample_every == 0 and step < steps:
             preview(ema.eval(), step)
@@ -413,8 +413,10 @@ def parse(argv=None):
     return args
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
     if "LOCAL_RANK" in os.environ:                                           # started by torchrun
         cuda = args.device.startswith("cuda")
         if cuda:
@@ -438,7 +440,8 @@ def main():
         return
     vae, vq = (sample.load_model(shared / kind, kind)[0].to(args.device) for kind in ("vae", "vq"))
     if rank == 0 and wants("cache") and not (shared / "tokens" / "meta.json").is_file():
-        tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
+        with sample.autocast(args.amp, torch.device(args.device)):
+            tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
     barrier()
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
     if args.stage == "prior" or wants("prior") and not done(shared / "prior", "prior"):

@@ -73,4 +73,4 @@ def fill(module, prefix="", probe=None):
 def difference(found, expected):
     """The largest difference, relative to the largest expected value."""
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    return float((found.detach() - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())

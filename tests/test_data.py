@@ -1,0 +1,186 @@
+"""Images and the token cache of tokenizers.py: every way in, and what is said when something is wrong."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenizers
+from backbone import PRESETS
+
+
+def picture(path, mode="RGB", size=(40, 50), colour=(200, 30, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, colour)
+    (image if mode == "RGB" else image.convert(mode)).save(path)
+
+
+def write_idx(path, array, opener=open):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    with opener(path, "wb") as file:
+        file.write(header + array.tobytes())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pictures"
+    picture(root / "cat" / "rgb.png")
+    picture(root / "cat" / "grey.png", "L", (33, 200))
+    picture(root / "dog" / "cmyk.jpg", "CMYK", (301, 187))
+    picture(root / "dog" / "palette.png", "P", (16, 12))
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.paste((10, 200, 10, 255), (0, 0, 32, 64))
+    clear.save(root / "dog" / "rgba.png")
+    return root
+
+
+def test_shapes_are_a_function_of_split_and_index():
+    few, many = tokenizers.open_source("shapes", "train", 32, 20), tokenizers.open_source("shapes", "train", 32, 5000)
+    assert all((few.read(i) == many.read(i)).all() for i in range(20))
+    assert few.labels.tolist() == [i % 10 for i in range(20)]
+    test = tokenizers.open_source("shapes", "test", 32, 20)
+    assert not any((few.read(i) == test.read(i)).all() for i in range(20))
+
+
+@pytest.mark.parametrize("label", range(10))
+def test_shapes_outlines_are_inside_at_negative_distance(label):
+    """The figure covers a sensible part of the square, and the rim of [-1, 1]^2 is outside."""
+    axis = np.linspace(-1, 1, 81)
+    distance = tokenizers.Shapes.distance(label, axis[None, :], -axis[:, None])
+    assert 0.1 < (distance < 0).mean() < 0.65
+    assert all((edge > 0).mean() > 0.8 for edge in (distance[0], distance[-1], distance[:, 0], distance[:, -1]))
+
+
+def test_folder_reads_every_mode_as_rgb(folder):
+    source = tokenizers.open_source(str(folder), "train", 32, None)
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1, 1, 1]
+    pictures = [source.read(i) for i in range(5)]
+    assert all(p.shape == (3, 32, 32) and p.dtype == np.uint8 for p in pictures)
+    names = ["grey", "rgb", "cmyk", "palette", "rgba"]
+    seen = dict(zip(names, pictures))
+    assert (abs(seen["rgb"][:, 16, 16].astype(int) - [200, 30, 30]) <= 1).all()
+    assert (abs(seen["cmyk"][:, 16, 16].astype(int) - [200, 30, 30]) <= 12).all()
+    assert len(set(seen["grey"][:, 16, 16].tolist())) == 1
+    assert (seen["rgba"][:, 16, 28] > 250).all(), "transparent pixels are laid on white"
+
+
+def test_sixteen_bit_grey_is_scaled(tmp_path):
+    Image.fromarray(np.full((32, 32), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(tokenizers.read_rgb(tmp_path / "deep.png"))[0, 0].tolist() == [100, 100, 100]
+
+
+def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tmp_path, capsys):
+    (folder / "cat" / "broken.png").write_bytes(b"no picture")
+    data = (folder / "dog" / "rgba.png").read_bytes()
+    (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
+    images = tokenizers.Images(tmp_path / "out", str(folder), "train", 32)
+    out = capsys.readouterr().out
+    assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
+    assert images.pixels.shape == (5, 3, 32, 32) and images.labels.tolist() == [0, 0, 1, 1, 1]
+    assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"]) == 2
+    assert (images.pixels[-2] == tokenizers.open_source(str(folder), "train", 32, None).read(4)).all()
+
+
+def test_only_corrupt_pictures_is_an_error(tmp_path):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="none of its 1 pictures"):
+        tokenizers.Images(tmp_path / "out", str(tmp_path / "in"), "train", 32)
+
+
+def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
+    (folder / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty: this class folder holds no pictures"):
+        tokenizers.open_source(str(folder), "train", 32, None)
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        tokenizers.open_source(str(tmp_path / "nowhere"), "train", 32, None)
+    (tmp_path / "void").mkdir()
+    with pytest.raises(SystemExit, match="void: no class folders"):
+        tokenizers.open_source(str(tmp_path / "void"), "train", 32, None)
+
+
+def test_train_and_val_folders_are_the_splits(folder, tmp_path):
+    picture(tmp_path / "set" / "train" / "cat" / "a.png")
+    picture(tmp_path / "set" / "val" / "cat" / "b.png", colour=(0, 0, 255))
+    assert tokenizers.open_source(str(tmp_path / "set"), "test", 32, None).read(0)[2, 5, 5] == 255
+    with pytest.raises(LookupError):
+        tokenizers.open_source(str(folder), "test", 32, None)
+
+
+@pytest.mark.parametrize("opener, ending", [(open, ""), (gzip.open, ".gz")])
+def test_idx_files_gz_or_not(tmp_path, opener, ending):
+    images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    write_idx(tmp_path / f"train-images-idx3-ubyte{ending}", images, opener)
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", np.array([2, 0, 1], np.uint8), opener)
+    source = tokenizers.open_source(str(tmp_path), "train", 32, None)
+    assert source.labels.tolist() == [2, 0, 1] and not source.mirror
+    assert (source.read(1)[:, 2:30, 2:30] == images[1]).all() and source.read(1)[:, :2].max() == 0
+
+
+def test_truncated_idx_file_is_one_line(tmp_path):
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
+    data = (tmp_path / "train-images-idx3-ubyte").read_bytes()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(data[:100])
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte: not a readable idx file"):
+        tokenizers.open_source(str(tmp_path), "train", 32, None)
+
+
+def test_images_of_another_source_are_refused(tmp_path):
+    tokenizers.Images(tmp_path, "shapes", "train", 32, 10)
+    with pytest.raises(SystemExit, match="holds the pictures of"):
+        tokenizers.Images(tmp_path, "shapes", "train", 32, 20)
+
+
+def tiny_tokenizers():
+    torch.manual_seed(0)
+    return tokenizers.KLVAE(**PRESETS["tiny"]["vae"]).eval(), tokenizers.BitVQ(**PRESETS["tiny"]["vq"]).eval()
+
+
+def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
+    """Eq. (7): x_c and x_d of the cache are the tokenizers' own, row-major, x_c normalised per channel."""
+    vae, vq = tiny_tokenizers()
+    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 50)
+    images.mirror = True
+    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu", batch=16)
+    tokens = tokenizers.Tokens(tmp_path / "tokens", vae, vq)
+    mean, std, x_d = tokens[np.array([0, 1]), np.array([3, 44])]
+    x = torch.tensor(images.pixels[[3, 44]]).float() / 255
+    x[1] = x[1].flip(2)
+    with torch.no_grad():
+        true_mean, logvar = vae.encode(x * 2 - 1)
+        bits = tokenizers.quantise(vq.encode(x))
+    assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8)
+    back = (mean * tokens.std + tokens.mean).transpose(1, 2).unflatten(2, (8, 8))
+    assert torch.allclose(back, true_mean, atol=2e-3)
+    assert torch.allclose(std * tokens.std, (0.5 * logvar).exp().flatten(2).transpose(1, 2), rtol=2e-3)
+    assert (x_d.transpose(1, 2).unflatten(2, (8, 8)) == bits).all()
+
+
+def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
+    vae, vq = tiny_tokenizers()
+    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 300)
+    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu")
+    tokens = tokenizers.Tokens(tmp_path / "tokens", vae, vq)
+    mean, std, _ = tokens[np.zeros(300, int), np.arange(300)]
+    x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(x_c.mean((0, 1)), torch.zeros(8), atol=0.03)
+    assert torch.allclose(x_c.std((0, 1)), torch.ones(8), atol=0.03)
+
+
+def test_cache_refuses_other_tokenizers(tmp_path):
+    vae, vq = tiny_tokenizers()
+    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 10)
+    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu")
+    vq.decoder.conv_out.bias.data += 1
+    with pytest.raises(SystemExit, match="was made by tokenizers"):
+        tokenizers.Tokens(tmp_path / "tokens", vae, vq)
+
+
+def test_indices_and_bits_are_inverse_least_significant_first():
+    assert tokenizers.to_bits(torch.tensor([1, 6]), 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
+    index = torch.arange(256)
+    assert (tokenizers.to_indices(tokenizers.to_bits(index, 8)) == index).all()
+    assert tokenizers.quantise(torch.tensor([0.0, 1e-9, -3.0])).tolist() == [-1, 1, -1]

@@ -1,0 +1,485 @@
+"""Planted mistakes: wrong versions of every equation that still run and train.
+
+Each is put in place of the right function, then all tests named after an equation are run. Exactly the tests of the
+mistaken equation may fail: so a red test names the line to look at.
+"""
+import math
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+import diffusion_head
+import mixing
+import test_backbone
+import test_diffusion_head
+import test_mixing
+
+MISTAKES = []
+
+
+def mistake(equation, owner, name):
+    """The decorated function is a wrong version of `owner.name`, which belongs to this equation."""
+    def note(wrong):
+        MISTAKES.append(pytest.param(equation, owner, name, wrong, id=f"eq{equation:02d}-{wrong.__name__}"))
+        return wrong
+    return note
+
+
+def red_equations():
+    """The equations of which at least one test fails."""
+    red = set()
+    for module in (test_mixing, test_diffusion_head, test_backbone):
+        for name, test in vars(module).items():
+            numbered = re.match(r"test_eq(\d\d)_", name)
+            if numbered:
+                try:
+                    test()
+                except (Exception, pytest.fail.Exception):
+                    red.add(int(numbered[1]))
+    return red
+
+
+# ------------------------------------------------------------------ Eq. (5)
+
+@mistake(5, diffusion_head, "denoising_loss")
+def sum_over_channels(noise, eps):
+    return (noise - eps).square().sum(-1)
+
+
+@mistake(5, diffusion_head, "denoising_loss")
+def mean_over_all_tokens(noise, eps):
+    return (noise - eps).square().mean()
+
+
+@mistake(5, diffusion_head, "denoising_loss")
+def absolute_instead_of_squared(noise, eps):
+    return (noise - eps).abs().mean(-1)
+
+
+@mistake(5, diffusion_head, "denoising_loss")
+def norm_without_the_square(noise, eps):
+    return (noise - eps).norm(dim=-1)
+
+
+@mistake(5, diffusion_head, "add_noise")
+def no_square_roots(x, noise, t, c):
+    abar = c.sqrt_abar[t][..., None] ** 2
+    return abar * x + (1 - abar) * noise
+
+
+@mistake(5, diffusion_head, "add_noise")
+def signal_and_noise_swapped(x, noise, t, c):
+    return c.sqrt_1m_abar[t][..., None] * x + c.sqrt_abar[t][..., None] * noise
+
+
+@mistake(5, diffusion_head, "add_noise")
+def signal_not_shrunk(x, noise, t, c):
+    return x + c.sqrt_1m_abar[t][..., None] * noise
+
+
+def loss_with(target, seen):
+    """DiffusionHead.loss with another target for eps, or another input for the head."""
+    def loss(self, z, x, t, noise):
+        c = diffusion_head.coefficients(1000)
+        x_t = diffusion_head.add_noise(x, noise, t, c)
+        eps, v = self.net(seen(x, x_t), t, z)
+        return diffusion_head.denoising_loss(target(x, x_t, noise), eps) + diffusion_head.variational_term(x, x_t, eps, v, t, c)
+    return loss
+
+
+@mistake(5, diffusion_head.DiffusionHead, "loss")
+def clean_token_as_target(self, z, x, t, noise):
+    return loss_with(lambda x, x_t, noise: x.expand_as(noise), lambda x, x_t: x_t)(self, z, x, t, noise)
+
+
+@mistake(5, diffusion_head.DiffusionHead, "loss")
+def noised_token_as_target(self, z, x, t, noise):
+    return loss_with(lambda x, x_t, noise: x_t, lambda x, x_t: x_t)(self, z, x, t, noise)
+
+
+@mistake(5, diffusion_head.DiffusionHead, "loss")
+def clean_token_into_the_head(self, z, x, t, noise):
+    return loss_with(lambda x, x_t, noise: noise, lambda x, x_t: x.expand_as(x_t))(self, z, x, t, noise)
+
+
+@mistake(5, diffusion_head.DiffusionHead, "loss")
+def draws_averaged_away(self, z, x, t, noise, right=diffusion_head.DiffusionHead.loss):
+    return right(self, z, x, t, noise).mean(0)
+
+
+@mistake(5, diffusion_head, "variational_term")
+def eps_not_detached(x, x_t, eps, v, t, c):
+    mean, log_variance, _ = diffusion_head.model_distribution(x_t, eps, v, t, c)
+    true_mean, true_log = c.mean_x0[t][..., None] * x + c.mean_xt[t][..., None] * x_t, c.log_var[t][..., None]
+    kl = 0.5 * (log_variance - true_log - 1 + ((true_log.exp() + (true_mean - mean).square()) / log_variance.exp()))
+    return kl.mean(-1) / math.log(2)
+
+
+# ------------------------------------------------------------------ Eq. (8)
+
+def check_ratio(ratio):
+    """The wrong versions below refuse what the right one refuses: each has one mistake."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio {ratio}")
+
+
+@mistake(8, mixing, "sample_mask")
+def floor_for_ceil(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order, math.floor(ratio * order.shape[1]))
+
+
+@mistake(8, mixing, "sample_mask")
+def round_for_ceil(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order, round(ratio * order.shape[1]))
+
+
+@mistake(8, mixing, "sample_mask")
+def ratio_of_visible_tokens(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order, math.ceil((1 - ratio) * order.shape[1]))
+
+
+@mistake(8, mixing, "sample_mask")
+def mask_reversed(order, ratio):
+    check_ratio(ratio)
+    return ~mixing.hide(order, math.ceil(ratio * order.shape[1]))
+
+
+@mistake(8, mixing, "sample_mask")
+def last_of_the_order(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order.flip(1), math.ceil(ratio * order.shape[1]))
+
+
+@mistake(8, mixing, "sample_mask")
+def order_read_as_ranks(order, ratio):
+    check_ratio(ratio)
+    return order < math.ceil(ratio * order.shape[1])
+
+
+@mistake(8, mixing, "sample_mask")
+def first_positions_whatever_the_order(order, ratio):
+    check_ratio(ratio)
+    return (torch.arange(order.shape[1]) < math.ceil(ratio * order.shape[1])).expand_as(order)
+
+
+@mistake(8, mixing, "sample_mask")
+def one_mask_for_the_whole_batch(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order[:1], math.ceil(ratio * order.shape[1])).expand_as(order)
+
+
+@mistake(8, mixing, "sample_mask")
+def at_least_one_hidden(order, ratio):
+    check_ratio(ratio)
+    return mixing.hide(order, max(1, math.ceil(ratio * order.shape[1])))
+
+
+@mistake(8, mixing, "sample_mask")
+def ratio_clipped_instead_of_refused(order, ratio):
+    ratio = min(max(ratio, 0), 1)
+    return mixing.hide(order, math.ceil(ratio * order.shape[1]))
+
+
+@mistake(8, mixing, "mask_ratio")
+def uniform_ratio(u, low=0.7):
+    return low + (1 - low) * u
+
+
+# ------------------------------------------------------------------ Eq. (9)
+
+@mistake(9, mixing, "dc_mix")
+def mixed_the_wrong_way_round(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    return torch.where(m[..., None], x_c, x_d)
+
+
+@mistake(9, mixing, "dc_mix")
+def discrete_tokens_everywhere(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    return x_d.clone()
+
+
+@mistake(9, mixing, "dc_mix")
+def zeros_at_hidden_positions(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    return torch.where(m[..., None], 0.0, x_c)
+
+
+@mistake(9, mixing, "dc_mix")
+def added_instead_of_replaced(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    return x_c + x_d * m[..., None]
+
+
+@mistake(9, mixing, "dc_mix")
+def mask_of_the_first_image_for_all(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    return torch.where(m[:1, :, None], x_d, x_c)
+
+
+@mistake(9, mixing, "dc_mix")
+def written_into_x_c(x_c, x_d, m):
+    mixing.check_mask(m, x_c, x_d)
+    x_c[m] = x_d[m]
+    return x_c
+
+
+@mistake(9, mixing, "dc_mix")
+def any_shapes_that_broadcast(x_c, x_d, m):
+    return torch.where(m.bool().reshape(*m.shape[:2], 1), x_d, x_c)
+
+
+@mistake(9, mixing, "pad")
+def zeros_in_front(x_d, d_c):
+    if x_d.shape[-1] > d_c:
+        raise ValueError(f"{x_d.shape[-1]} bits, {d_c} channels")
+    return torch.nn.functional.pad(x_d, (d_c - x_d.shape[-1], 0))
+
+
+@mistake(9, mixing, "pad")
+def padded_with_minus_ones(x_d, d_c):
+    if x_d.shape[-1] > d_c:
+        raise ValueError(f"{x_d.shape[-1]} bits, {d_c} channels")
+    return torch.nn.functional.pad(x_d, (0, d_c - x_d.shape[-1]), value=-1)
+
+
+@mistake(9, mixing, "pad")
+def bits_cut_off_silently(x_d, d_c):
+    return torch.nn.functional.pad(x_d, (0, d_c - x_d.shape[-1]))
+
+
+# ------------------------------------------------------------------ Eq. (10)
+
+@mistake(10, mixing, "mask_discrete")
+def mask_token_at_visible_positions(x_d, m):
+    mixing.check_mask(m, x_d)
+    return torch.where(m[..., None], x_d, 0.0)
+
+
+@mistake(10, mixing, "mask_discrete")
+def mask_token_everywhere(x_d, m):
+    mixing.check_mask(m, x_d)
+    return torch.zeros_like(x_d)
+
+
+@mistake(10, mixing, "mask_discrete")
+def mask_token_is_plus_one(x_d, m):
+    mixing.check_mask(m, x_d)
+    return torch.where(m[..., None], 1.0, x_d)
+
+
+@mistake(10, mixing, "mask_discrete")
+def mask_token_is_minus_one(x_d, m):
+    mixing.check_mask(m, x_d)
+    return torch.where(m[..., None], -1.0, x_d)
+
+
+@mistake(10, mixing, "mask_discrete")
+def only_the_first_bit_group_masked(x_d, m):
+    mixing.check_mask(m, x_d)
+    first = torch.arange(x_d.shape[-1]) < x_d.shape[-1] / 2
+    return torch.where(m[..., None] & first, 0.0, x_d)
+
+
+@mistake(10, mixing, "mask_discrete")
+def nothing_masked(x_d, m):
+    mixing.check_mask(m, x_d)
+    return x_d.clone()
+
+
+@mistake(10, mixing, "mask_discrete")
+def truth_overwritten(x_d, m):
+    mixing.check_mask(m, x_d)
+    x_d[m] = 0
+    return x_d
+
+
+@mistake(10, mixing, "mask_discrete")
+def any_mask_that_broadcasts(x_d, m):
+    return torch.where(m.bool().reshape(*m.shape[:2], 1), 0.0, x_d)
+
+
+# ------------------------------------------------------------------ Eq. (11)
+
+def predict(g_M, x_d, m, y, u, seen=None, keep=None):
+    """The right prediction from what g_M sees, kept where `keep`: both can be set wrong."""
+    with torch.no_grad():
+        logits = g_M(mixing.mask_discrete(x_d, m) if seen is None else seen, y)
+    x_hat = mixing.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+    return torch.where((m if keep is None else keep)[..., None], x_hat, x_d)
+
+
+@mistake(11, mixing, "sample_codes")
+def argmax_instead_of_sampling(logits, u):
+    return logits.argmax(-1)
+
+
+@mistake(11, mixing, "sample_codes")
+def logits_taken_for_probabilities(logits, u):
+    cdf = logits.double().clamp(min=0).cumsum(-1)
+    return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+
+
+@mistake(11, mixing, "sample_codes")
+def impossible_code_at_u_0(logits, u):
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, u.double()[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
+
+
+@mistake(11, mixing, "codes_to_bits")
+def most_significant_bit_first(codes, e):
+    bits = (codes[..., None] >> torch.arange(e).flip(0) & 1).float() * 2 - 1
+    return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
+
+
+@mistake(11, mixing, "codes_to_bits")
+def bits_0_and_1(codes, e):
+    return (codes[..., None] >> torch.arange(e) & 1).float().flatten(-2)
+
+
+@mistake(11, mixing, "predict_masked")
+def g_M_sees_the_truth(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, y, u, seen=x_d)
+
+
+@mistake(11, mixing, "predict_masked")
+def generated_tokens_everywhere(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, y, u, keep=torch.ones_like(m))
+
+
+@mistake(11, mixing, "predict_masked")
+def generated_tokens_outside_the_mask(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, y, u, keep=~m)
+
+
+@mistake(11, mixing, "predict_masked")
+def class_withheld(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, torch.zeros_like(y), u)
+
+
+@mistake(11, mixing, "predict_masked")
+def one_draw_for_all_tokens(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, y, u[:, :1].expand_as(u))
+
+
+@mistake(11, mixing, "predict_masked")
+def two_passes(g_M, x_d, m, y, u):
+    return predict(g_M, x_d, m, y, u, seen=predict(g_M, x_d, m, y, u))
+
+
+@mistake(11, mixing, "predict_masked")
+def gradient_through_g_M(g_M, x_d, m, y, u):
+    logits = g_M(mixing.mask_discrete(x_d, m), y)
+    x_hat = mixing.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+    return torch.where(m[..., None], x_hat, x_d)
+
+
+@mistake(11, mixing, "predict_masked")
+def groups_swapped(g_M, x_d, m, y, u):
+    return predict(lambda x, y: g_M(x, y).flip(2), x_d, m, y, u.flip(2))
+
+
+# ------------------------------------------------------------------ Eq. (12)
+
+def check_ti_mix(x_d, x_hat, m, rho, lam):
+    mixing.check_mask(m, x_d, x_hat)
+    if rho.shape != m.shape or not 0 <= lam <= 1:
+        raise ValueError(f"rho {tuple(rho.shape)}, lambda {lam}")
+
+
+@mistake(12, mixing, "ti_mix")
+def equal_rho_keeps_the_truth(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where((m & (rho > lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def lambda_is_the_share_of_generated_tokens(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where((m & (rho < lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def generated_wherever_rho_says(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where((rho >= lam)[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def generated_outside_the_mask(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where((~m & (rho >= lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def generated_in_the_whole_mask(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where(m[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def one_rho_for_the_whole_image(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where((m & (rho[:, :1] >= lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def tokens_blended(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    return torch.where(m[..., None], lam * x_d + (1 - lam) * x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def written_into_x_d(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, lam)
+    generated = m & (rho >= lam)
+    x_d[generated] = x_hat[generated]
+    return x_d
+
+
+@mistake(12, mixing, "ti_mix")
+def shapes_not_checked(x_d, x_hat, m, rho, lam):
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lambda {lam}")
+    return torch.where((m.bool() & (rho >= lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_mix")
+def lambda_of_any_size(x_d, x_hat, m, rho, lam):
+    check_ti_mix(x_d, x_hat, m, rho, min(max(lam, 0), 1))
+    return torch.where((m & (rho >= lam))[..., None], x_hat, x_d)
+
+
+@mistake(12, mixing, "ti_lambda")
+def lambda_rises(step, steps):
+    return step / max(steps - 1, 1)
+
+
+@mistake(12, mixing, "ti_lambda")
+def lambda_never_reaches_zero(step, steps):
+    return 1 - step / steps
+
+
+# ------------------------------------------------------------------ the verdict
+
+def test_without_a_mistake_every_equation_is_green():
+    """The right versions pass: what turns red below is due to the mistake."""
+    assert red_equations() == set()
+
+
+@pytest.mark.parametrize("equation, owner, name, wrong", MISTAKES)
+def test_a_mistake_turns_exactly_its_own_equation_red(monkeypatch, equation, owner, name, wrong):
+    """A failure here means that the tests miss this mistake, or blame another equation for it."""
+    monkeypatch.setattr(owner, name, wrong)
+    assert red_equations() == {equation}
+
+
+def test_every_equation_has_at_least_five_mistakes():
+    """Eqs. 5, 8, 9, 10, 11 and 12."""
+    planted = Counter(mistake.values[0] for mistake in MISTAKES)
+    assert set(planted) == {5, 8, 9, 10, 11, 12} and min(planted.values()) >= 5

@@ -1,0 +1,175 @@
+"""Eq. (7), section 3.3: both tokenizers, the centre crop and the bytes against the official numbers."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import golden
+import sample
+import tokenizers
+
+# ------------------------------------------------------------------ x_c = VAE(I): VA-VAE, KL-16
+
+
+def tiny_vae(attn=True, probe=None):
+    return golden.fill(tokenizers.KLVAE(width=32, mult=(1, 2), blocks=1, z=4, attn=attn), probe=probe)
+
+
+@pytest.fixture(scope="module")
+def va():
+    return golden.load("vavae_tiny")
+
+
+@pytest.mark.parametrize("attn, name", [(True, "vavae_tiny"), (False, "kl_tiny")])
+def test_golden_vae_parameter_names_and_shapes(attn, name):
+    """VA-VAE has attention at the decoder's lowest level, KL-16 has not; otherwise their files look alike."""
+    assert golden.shapes(tiny_vae(attn)) == golden.layout(name)
+
+
+@torch.no_grad()
+def test_golden_vae_encoder(va):
+    """Posterior mean and log variance, of a square and of another picture size; here no log variance needs clamping."""
+    vae = tiny_vae()
+    assert golden.difference(vae.encoder(va["image"]), va["encoder_out"]) < 2e-5
+    mean, logvar = vae.encode(va["image"])
+    assert golden.difference(mean, va["mean"]) < 2e-5 and golden.difference(logvar, va["logvar"]) < 2e-5
+    assert golden.difference((0.5 * logvar).exp(), va["std"]) < 2e-5
+    assert golden.difference(torch.cat(vae.encode(va["image_16x24"]), dim=1), va["moments_16x24"]) < 2e-5
+
+
+@torch.no_grad()
+def test_golden_vae_decoder(va):
+    """Pictures from the posterior mean, with attention (VA-VAE) and without (KL-16)."""
+    assert golden.difference(tiny_vae().decode(va["mean"]), va["recon"]) < 2e-5
+    assert golden.difference(tiny_vae().decode(va["moments_16x24"][:, :4]), va["recon_16x24"]) < 2e-5
+    assert golden.difference(tiny_vae(attn=False).decode(va["mean"]), va["kl_recon"]) < 2e-5
+
+
+@pytest.mark.parametrize("probe", ["all", "nogain"])
+@torch.no_grad()
+def test_golden_vae_norms(va, probe):
+    """Weights so small that a wrong epsilon in any norm shows."""
+    g = golden.load("eps_probe_vae")
+    assert golden.difference(torch.cat(tiny_vae(True, probe).encode(va["image"]), dim=1), g[f"moments_{probe}"]) < 2e-5
+    assert golden.difference(tiny_vae(True, probe).decode(va["mean"]), g[f"recon_{probe}"]) < 2e-5
+    assert golden.difference(tiny_vae(False, probe).decode(va["mean"]), g[f"kl_recon_{probe}"]) < 2e-5
+
+
+def test_golden_posterior(va):
+    """A sample from the posterior with given noise, and its KL to the standard normal per picture."""
+    assert golden.difference(tokenizers.reparameterize(va["mean"], va["logvar"], va["eps"]), va["sample"]) < 2e-5
+    assert golden.difference(tokenizers.kl_to_normal(va["mean"], va["logvar"]), va["kl"]) < 2e-5
+
+
+@torch.no_grad()
+def test_golden_log_variance_is_clamped(va):
+    """Log variances of -50 and 50 become -30 and 20, so that no deviation is 0 or infinite."""
+    vae = tiny_vae()
+    vae.quant_conv.weight.zero_()
+    vae.quant_conv.bias[4:] = torch.tensor([-50.0, 50.0, 0.0, 0.0])
+    logvar = vae.encode(va["image"])[1]
+    assert logvar[0, :2, 0, 0].tolist() == va["clamp_logvar"].tolist() == [-30, 20]
+
+
+# ------------------------------------------------------------------ x_d = VQVAE(I): MaskBit
+
+
+def tiny_vq(probe=None):
+    return golden.fill(tokenizers.BitVQ(width=32, mult=(1, 2), blocks=1, bits=6), probe=probe)
+
+
+@pytest.fixture(scope="module")
+def bit():
+    return golden.load("maskbit_tokenizer_tiny")
+
+
+def test_golden_vq_parameter_names_and_shapes():
+    """The official MaskBit tokenizers load because names and shapes are theirs."""
+    assert golden.shapes(tiny_vq()) == golden.layout("maskbit_tokenizer_tiny")
+
+
+@torch.no_grad()
+def test_golden_vq_encoder(bit):
+    """z of an even and of an odd-sized picture (padded on other sides), its signs and their indices, channel 0 least significant."""
+    vq = tiny_vq()
+    z = vq.encode(bit["image"])
+    assert golden.difference(z, bit["z"]) < 1e-5
+    assert golden.difference(vq.encode(bit["odd_image"]), bit["odd_z"]) < 1e-5
+    x_d = tokenizers.quantise(z)
+    assert torch.equal(x_d, bit["bits"])
+    assert torch.equal(tokenizers.to_indices(x_d.movedim(1, -1)), bit["indices"])
+
+
+def test_golden_vq_zero_is_a_minus(bit):
+    """z exactly 0 gives the bit -1."""
+    x_d = tokenizers.quantise(torch.zeros(1, 6))
+    assert x_d[0].tolist() == bit["zero_bits"].tolist() and tokenizers.to_indices(x_d).tolist() == bit["zero_index"].tolist()
+
+
+@torch.no_grad()
+def test_golden_vq_decoder(bit):
+    """Pictures from the bits, and from the indices through the bits."""
+    vq = tiny_vq()
+    assert golden.difference(vq.decode(bit["bits"]), bit["recon"]) < 1e-5
+    assert golden.difference(vq.decode(tokenizers.to_bits(bit["indices"], 6).movedim(-1, 1)), bit["recon_from_indices"]) < 1e-5
+
+
+@pytest.mark.parametrize("probe", ["all", "nogain"])
+@torch.no_grad()
+def test_golden_vq_norms(bit, probe):
+    """Weights so small that a wrong epsilon in any norm shows."""
+    g, vq = golden.load("eps_probe_maskbit"), tiny_vq(probe)
+    assert golden.difference(vq.encode(bit["image"]), g[f"z_{probe}"]) < 1e-5
+    assert golden.difference(vq.decode(bit["bits"]), g[f"decoded_{probe}"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["z", "zsmall", "given"])
+def test_golden_quantiser_losses(bit, name):
+    """Commitment and the two entropies, for large and for small z, and the gradient of their sum."""
+    z = bit[f"train_{name}_input"].requires_grad_()
+    commitment, per_sample, average = tokenizers.quantiser_losses(z, tiny_vq().quantize.codebook)
+    total = commitment + 0.02 * (per_sample - average)
+    total.backward()
+    for found, what in ((commitment, "commitment_loss"), (per_sample, "per_sample_entropy"), (average, "avg_entropy"),
+                        (0.02 * (per_sample - average), "entropy_loss"), (total, "quantizer_loss")):
+        assert golden.difference(found, bit[f"train_{name}_{what}"]) < 1e-4, what
+    assert golden.difference(z.grad, bit[f"train_{name}_grad_quantizer_loss"]) < 1e-3
+
+
+def test_golden_commitment_loss(bit):
+    """In evaluation only the commitment loss counts."""
+    commitment, _, _ = tokenizers.quantiser_losses(bit["z"], tiny_vq().quantize.codebook)
+    assert golden.difference(commitment, bit["eval_commitment_loss"]) < 1e-4
+
+
+def test_groups_of_the_norms_can_be_set():
+    """Small tokenizers use fewer groups than the official 32, in every norm."""
+    for model in (tokenizers.KLVAE(width=32, mult=(1, 2), blocks=1, z=4, groups=4), tokenizers.BitVQ(width=32, mult=(1, 2), blocks=1, bits=4, groups=4)):
+        assert {module.num_groups for module in model.modules() if isinstance(module, nn.GroupNorm)} == {4}
+
+
+# ------------------------------------------------------------------ pictures and bytes
+
+
+def synthetic(width, height):
+    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
+    red, green = (3 * x + 5 * y) % 256, x * y // 7 % 256
+    blue = (x // 9 + y // 11) % 2 * 180 + (x + 2 * y) % 60
+    return np.stack(np.broadcast_arrays(red, green, blue), axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("width, height, size", [(301, 187, 32), (301, 187, 64), (64, 333, 32), (64, 333, 64),
+                                                 (150, 99, 32), (257, 256, 64), (40, 50, 64)])
+def test_golden_center_crop(width, height, size):
+    """ADM's centre crop, larger and smaller pictures; another version of Pillow may round a byte differently."""
+    g, image = golden.load("data"), synthetic(width, height)
+    assert np.array_equal(image[:4, :4], g[f"synth_{width}x{height}_corner"].numpy())
+    found = np.asarray(tokenizers.center_crop(Image.fromarray(image), size)).astype(int)
+    assert abs(found - g[f"adm_{width}x{height}_to{size}"].numpy()).max() <= 1
+
+
+def test_golden_bytes():
+    """Pictures in [-1, 1] become bytes as in MAR: clipped, then rounded half to even."""
+    g = golden.load("data")
+    assert sample.to_bytes(g["to_uint8_in_pm1"]).tolist() == g["to_uint8_mar"].tolist()

@@ -1,0 +1,276 @@
+"""train.py and sample.py as a user runs them: resuming, several processes, errors, sampling. The models are untrained; only the machinery counts."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import backbone
+import sample
+import tokenizers
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--images", "64", "--batch-size", "8", "--vae-steps", "2", "--vq-steps", "2", "--prior-steps", "2", "--amp", "fp32", "--sample-every", "0"]
+
+
+def command(*args, processes=0):
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29611"] if processes else [sys.executable]
+    return [*start, *map(str, args)]
+
+
+def run(*args, processes=0):
+    return subprocess.run(command(*args, processes=processes), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def weights(path, key="model"):
+    return torch.load(path, weights_only=True)[key]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs with every stage trained for two steps; its pictures take few sampling steps, for speed."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.SAMPLING["tiny"] |= dict(ar_steps=2, diffusion_steps=2, prior_steps=2)
+    train.main([*SMALL, "--runs", str(folder), "--steps", "2"])
+    return folder
+
+
+def mixar(runs, out, *more):
+    return ["--runs", str(runs), "--stage", "mixar", "--out", str(out), *SMALL, *map(str, more)]
+
+
+# ------------------------------------------------------------------ one command, and the five ways to train
+
+def test_one_command_leaves_every_stage_and_both_pictures(runs):
+    for stage in ("vae", "vq", "prior"):
+        assert (runs / "shapes" / stage / "last.pt").is_file() and (runs / "shapes" / stage / "log.csv").is_file()
+    assert Image.open(runs / "shapes-dcmix" / "samples.png").size == (320, 256)
+    assert Image.open(runs / "shapes-dcmix" / "compare.png").size == (320, 128)
+
+
+@pytest.mark.parametrize("flags", [["--guidance", g] for g in backbone.GUIDANCES] + [["--ti-mix"], ["--mix-at", "encoder"]], ids=" ".join)
+def test_every_guidance_trains_and_samples(runs, tmp_path, flags):
+    before = (runs / "shapes" / "prior" / "last.pt").stat().st_mtime_ns
+    train.main(mixar(runs, tmp_path / "run", "--steps", 2, *flags))
+    assert (runs / "shapes" / "prior" / "last.pt").stat().st_mtime_ns == before, "the shared stages are trained once"
+    sample.main([str(tmp_path / "run"), "--count", "4", "--out", str(tmp_path / "s.npz"), "--ar-steps", "3", "--diffusion-steps", "4", "--cfg", "1.5"])
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (4, 32, 32, 3)
+
+
+def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path):
+    train.main(mixar(runs, tmp_path / "run", "--ti-mix", "--init", runs / "shapes-dcmix" / "last.pt", "--steps", 1, "--lr", 0))
+    init, now = weights(runs / "shapes-dcmix" / "last.pt"), weights(tmp_path / "run" / "last.pt")
+    assert all(torch.equal(init[k], now[k]) for k in init)
+    assert weights(tmp_path / "run" / "last.pt", "ema_start") == 2
+
+
+# ------------------------------------------------------------------ resuming
+
+def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(runs, tmp_path):
+    more = ["--steps", 40, "--save-every", 4, "--log-every", 1, "--guidance", "dcmix"]
+    assert run("train.py", *mixar(runs, tmp_path / "whole", *more)).returncode == 0
+    killed = subprocess.Popen(command("train.py", *mixar(runs, tmp_path / "killed", *more)), cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = tmp_path / "killed" / "log.csv"
+    while not (tmp_path / "killed" / "last.pt").is_file() or len(log.read_text().splitlines()) < 7:
+        assert killed.poll() is None, "the run ended before it was killed"
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 4 <= weights(tmp_path / "killed" / "last.pt", "step") < 40
+    assert run("train.py", *mixar(runs, tmp_path / "killed", *more)).returncode == 0
+    for key in ("model", "ema"):
+        whole, resumed = weights(tmp_path / "whole" / "last.pt", key), weights(tmp_path / "killed" / "last.pt", key)
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole), f"{key} differs after the resume"
+    losses = [[(row["step"], row["loss"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())] for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+def test_sigterm_saves_and_names_the_checkpoint(runs, tmp_path):
+    process = subprocess.Popen(command("train.py", *mixar(runs, tmp_path / "run", "--steps", 100000, "--save-every", 100000, "--log-every", 1)),
+                               cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "run" / "log.csv").is_file() or len((tmp_path / "run" / "log.csv").read_text().splitlines()) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert "stopped by SIGTERM" in err and "last.pt" in err and "Traceback" not in err
+    assert weights(tmp_path / "run" / "last.pt", "step") >= 2
+
+
+def test_resuming_with_another_seed_is_refused(runs, tmp_path):
+    train.main(mixar(runs, tmp_path / "run", "--steps", 1))
+    with pytest.raises(SystemExit, match="was made with .*seed"):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 2, "--seed", 1))
+
+
+# ------------------------------------------------------------------ several processes
+
+def batch_of(kind, rows):
+    g = torch.Generator().manual_seed(0)
+    x_d = torch.randint(0, 2, (8, 64, 8), generator=g).float() * 2 - 1
+    latents = torch.randn(8, 64, 8, generator=g), torch.rand(8, 64, 8, generator=g), x_d, torch.arange(8)
+    return [a[rows] for a in (latents if kind in ("prior", "mixar") else (torch.rand(8, 3, 32, 32, generator=g),))]
+
+
+def gradients(rank, ranks, port, kind, path):
+    """One step's gradients on the global batch of 8, as train.fit computes them."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    sizes = dict(prior=dict(N=64, bits=8, classes=10), mixar=dict(N=64, d_c=8, d_d=8, classes=10)).get(kind, {})
+    model = sample.KINDS[kind](**sizes, **backbone.PRESETS["tiny"]["mar" if kind == "mixar" else kind])
+    if kind == "mixar":                                                      # the zero start values would hide most gradients
+        for p in model.diffloss.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    loss = dict(vae=train.vae_loss, vq=train.vq_loss, prior=train.prior_loss, mixar=partial(train.mixar_loss, prior=None, args=train.parse([])))[kind]
+    draw = train.Draw(0, 5, 8, torch.device("cpu"))
+    module = train.Loss(model, loss)
+    module = DistributedDataParallel(module) if ranks > 1 else module
+    module(batch_of(kind, draw.rows), draw, 5).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, path)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind, port", [("vae", 29621), ("vq", 29622), ("prior", 29623), ("mixar", 29624)])
+def test_two_processes_give_the_gradients_of_one(tmp_path, kind, port):
+    gradients(0, 1, port, kind, tmp_path / "one.pt")
+    torch.multiprocessing.spawn(gradients, (2, port, kind, tmp_path / "two.pt"), nprocs=2)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    largest = max(float(g.abs().max()) for g in one.values())
+    assert largest > 1e-4
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-5 * largest, name
+
+
+def test_torchrun_with_two_processes_trains_the_same_weights(runs, tmp_path):
+    train.main(mixar(runs, tmp_path / "one", "--steps", 3))
+    done = run("train.py", *mixar(runs, tmp_path / "two", "--steps", 3), processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = weights(tmp_path / "one" / "last.pt"), weights(tmp_path / "two" / "last.pt")
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=2e-5), key
+
+
+# ------------------------------------------------------------------ one clear line for what is wrong
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/hostile-checkpoint-ran",)
+
+
+def test_truncated_hostile_foreign_and_missing_checkpoints_are_one_line(runs, tmp_path):
+    good = (runs / "shapes-dcmix" / "last.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(good[:len(good) // 2])
+    torch.save({"kind": "mixar", "model": Hostile()}, tmp_path / "hostile.pt")
+    for name, words in [(tmp_path / "short.pt", "truncated"), (tmp_path / "hostile.pt", "would run code"), (tmp_path / "none.pt", "no such file"),
+                        (runs / "shapes" / "vae" / "last.pt", "expected a mixar checkpoint, found vae")]:
+        with pytest.raises(SystemExit, match=words) as error:
+            sample.main([str(name)])
+        assert str(name) in str(error.value) and "\n" not in str(error.value)
+    assert not Path("/tmp/hostile-checkpoint-ran").exists()
+
+
+def test_truncated_last_checkpoint_stops_the_resume_and_is_kept(runs, tmp_path):
+    train.main(mixar(runs, tmp_path / "run", "--steps", 1))
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="truncated"):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 2))
+    assert path.stat().st_size == 1000
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = torch.nn.Linear(2, 3)
+    state = {"weight": torch.zeros(3, 4), "other": torch.zeros(1)}
+    with pytest.raises(SystemExit, match=r"f.pt: does not fit the model: missing bias; unexpected other; weight is \(3, 4\), expected \(3, 2\)"):
+        sample.load_weights(model, state, "f.pt")
+
+
+@pytest.mark.parametrize("flags, words", [(["--data", "/no/where"], "no such folder"), (["--init", "/no/file.pt"], "no such file"),
+                                          (["--device", "cuda"], "no CUDA device")])
+def test_wrong_flags_are_one_line_without_traceback(runs, tmp_path, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = run("train.py", *mixar(runs, tmp_path / "run", "--steps", 1, *flags))
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_more_bits_than_channels_is_one_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(backbone.PRESETS["tiny"], "vae", backbone.PRESETS["tiny"]["vae"] | dict(z=4))
+    with pytest.raises(SystemExit, match="d_d = 8 bits do not fit into d_c = 4 channels"):
+        train.main(["--runs", str(tmp_path), *SMALL, "--steps", "1"])
+
+
+def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(runs, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train.main(mixar(runs, out, "--steps", 3))
+    before, shipped = weights(out / "last.pt"), train.mixar_loss
+    monkeypatch.setattr(train, "mixar_loss", lambda *a, **k: shipped(*a, **k) * float("nan"))
+    with pytest.raises(SystemExit, match="not finite.*start again from .*last.pt"):
+        train.main(mixar(runs, out, "--steps", 30))
+    after = weights(out / "last.pt")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    calls = []                                                               # a single bad step is left out
+    monkeypatch.setattr(train, "mixar_loss", lambda *a, **k: shipped(*a, **k) * (float("nan") if calls.append(1) or len(calls) == 2 else 1))
+    train.main(mixar(runs, out, "--steps", 8))
+    assert all(torch.isfinite(v).all() for v in weights(out / "last.pt").values())
+
+
+# ------------------------------------------------------------------ sampling
+
+def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
+    base = [str(runs / "shapes-dcmix"), "--count", "6", "--amp", "fp32", "--ar-steps", "4", "--diffusion-steps", "5", "--seed", "3"]
+    sample.main([*base, "--batch-size", "6", "--out", str(tmp_path / "a")])
+    sample.main([*base, "--batch-size", "1", "--out", str(tmp_path / "b")])
+    assert run("sample.py", *base, "--batch-size", "2", "--out", tmp_path / "c", processes=2).returncode == 0
+    read = lambda name, i: np.asarray(Image.open(tmp_path / name / f"{i:06d}.png")).astype(int)
+    for i in range(6):
+        assert abs(read("a", i) - read("b", i)).max() <= 1 and abs(read("a", i) - read("c", i)).max() <= 1
+    assert abs(read("a", 0) - read("a", 1)).max() > 1
+
+
+def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
+    base = [str(runs / "shapes-dcmix"), "--out", str(tmp_path / "s"), "--ar-steps", "2", "--diffusion-steps", "3"]
+    sample.main([*base, "--count", "3"])
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*.png")}
+    sample.main([*base, "--count", "5"])
+    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*.png")}
+    assert len(now) == 5 and all(now[name] == times[name] for name in times)
+    with pytest.raises(SystemExit, match="other settings"):
+        sample.main([*base, "--count", "5", "--seed", "1"])
+
+
+def test_png_gif_classes_and_the_time_line(runs, tmp_path, capsys):
+    base = [str(runs / "shapes-dcmix"), "--ar-steps", "3", "--diffusion-steps", "3"]
+    sample.main([*base, "--count", "5", "--classes", "star,3", "--out", str(tmp_path / "g.png")])
+    line = capsys.readouterr().out
+    assert "s/image" in line and "of it the prior" in line and "3 AR x 3 diffusion" in line and "cpu" in line
+    assert Image.open(tmp_path / "g.png").size == (64, 96) and not (tmp_path / "g.png.parts").exists()
+    sample.main([*base, "--count", "10", "--out", str(tmp_path / "g.gif")])
+    assert Image.open(tmp_path / "g.gif").n_frames == 4
+    with pytest.raises(SystemExit, match="--classes zebra: unknown class"):
+        sample.main([*base, "--classes", "zebra"])
+
+
+def test_foreign_tokenizers_are_refused(runs, tmp_path):
+    import shutil
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "shapes" / "vq" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["ema"]["decoder.conv_out.bias"] += 1
+    torch.save(saved, path)
+    with pytest.raises(SystemExit, match="was trained with the tokenizers"):
+        sample.main([str(tmp_path / "runs" / "shapes-dcmix")])
