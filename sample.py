@@ -152,12 +152,12 @@ def hidden_after(s, steps, N, hidden):
 
 
 @torch.no_grad()
-def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, on_step=None):
+def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, bound=None, on_step=None):
     """Eq. (6): fill the masked X_c in ar_steps steps, each token by the diffusion head.   [MAR]
 
     x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), noise(now (B, N) bool) ->
     (diffusion_steps, rows, C) standard normal for the tokens of this step, on_step(m) sees the mask left.
-    cfg is the guidance scale, growing linearly with the tokens known or constant. -> x_c (B, N, C).
+    cfg is the guidance scale, growing linearly with the tokens known or constant; bound: see diffusion_head. -> x_c (B, N, C).
     """
     B, N = order.shape
     x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
@@ -169,7 +169,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         now = m & ~mixing.hide(order, left)
         z = model(x_c, x_d, m, y, ~everybody)[now]                           # (rows, D)
         z_uncond = model(x_c, x_d, m, y, everybody)[now] if cfg != 1 else None
-        x_c[now] = model.diffloss.sample(z, noise(now), diffusion_steps, temperature, z_uncond, scale)
+        x_c[now] = model.diffloss.sample(z, noise(now), diffusion_steps, temperature, z_uncond, scale, bound)
         hidden = left
         if on_step:
             on_step(mixing.hide(order, hidden))
@@ -220,7 +220,7 @@ class System:
         order = draws.order(self.model.N)
         noise = lambda now: draws.normal(steps, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
         return generate(self.model, x_d, y, order, noise, settings["ar_steps"], steps, settings["cfg"], settings["cfg_schedule"],
-                        settings["temperature"], on_step)
+                        settings["temperature"], settings["bound"], on_step)
 
     @torch.no_grad()
     def decode_discrete(self, x_d):

@@ -41,7 +41,7 @@ RECIPES = {
                  prior=dict(steps=1500, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
                  mixar=dict(steps=1500, batch=32, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
 }
-SAMPLING = {"tiny": dict(ar_steps=8, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0,
+SAMPLING = {"tiny": dict(ar_steps=8, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
                          prior_steps=12, prior_cfg=2.0, prior_power=1.0, prior_temperature=3.0)}
 CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
 

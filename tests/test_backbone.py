@@ -158,6 +158,28 @@ def test_eq09_the_class_counts_unless_it_is_dropped():
         assert torch.equal(a[0], b[0]) and not torch.allclose(a[1], b[1]), how
 
 
+@torch.no_grad()
+def test_eq09_a_hidden_token_enters_the_decoder_where_mar_has_its_mask_token():
+    """Section 4.2: the padded bits take x_c's own way, input projection, positions, decoder_embed; only the blocks of the encoder are left out."""
+    model, (x_c, x_d, m, y, drop), entering = small("dcmix"), inputs(), []
+    hook = model.decoder_blocks[0].register_forward_pre_hook(lambda module, args: entering.append(args[0][:, 2:]))       # without K = 2 class tokens
+    model(x_c, x_d, m, y, drop)
+    hook.remove()
+    padded = torch.cat([x_d, torch.zeros(2, 6, 1)], dim=2)                   # d_d = 3 to d_c = 4
+    embedded = model.z_proj_ln(model.z_proj(padded) + model.encoder_pos_embed_learned[:, 2:])
+    expected = model.decoder_embed(embedded) + model.decoder_pos_embed_learned[:, 2:]
+    torch.testing.assert_close(entering[0][m], expected[m])
+
+
+@torch.no_grad()
+def test_eq09_with_nothing_hidden_dcmix_is_mar():
+    """Eq. (9): without hidden tokens the mixed sequence is X_c, and DC-Mix with MAR's weights gives MAR's z."""
+    x_c, x_d, m, y, drop = inputs()
+    visible = torch.zeros_like(m)
+    for how in MIXED:
+        torch.testing.assert_close(small(*how)(x_c, x_d, visible, y, drop), small("none")(x_c, x_d, visible, y, drop))
+
+
 def test_eq09_the_model_refuses_more_bits_than_channels():
     """Eq. (9) needs d_d <= d_c: dcmix with 5 bits and 4 channels is an error before training starts; other guidances may."""
     with pytest.raises(ValueError, match=r"(?s)5.*4"):

@@ -145,7 +145,8 @@ def test_golden_commitment_loss(bit):
 
 def test_groups_of_the_norms_can_be_set():
     """Small tokenizers use fewer groups than the official 32, in every norm."""
-    for model in (tokenizers.KLVAE(width=32, mult=(1, 2), blocks=1, z=4, groups=4), tokenizers.BitVQ(width=32, mult=(1, 2), blocks=1, bits=4, groups=4)):
+    config = dict(width=32, mult=(1, 2), blocks=1, groups=4)
+    for model in (tokenizers.KLVAE(z=4, **config), tokenizers.BitVQ(bits=4, **config)):
         assert {module.num_groups for module in model.modules() if isinstance(module, nn.GroupNorm)} == {4}
 
 
