@@ -24,7 +24,7 @@ GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 # mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
 # prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
 PRESETS = {
-    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 1, 2), blocks=1, z=8, groups=8), vq=dict(width=32, mult=(1, 1, 2), blocks=1, bits=8, groups=8),
+    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 1, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 1, 2), blocks=1, bits=8, groups=1),
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
                  prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
@@ -158,7 +158,7 @@ class MAR(nn.Module):
 
         x_c (B, N, d_c) (values where m is True do not matter), x_d (B, N, d_d) bits (unused by guidance
         none), m (B, N) bool with the same count in every row, y (B,) int, drop (B,) bool: no class.
-        -> z (B, N, D).
+        -> z (B, N, D). ValueError on an uneven mask.
         """
         x = x_c
         if self.guidance == "dcmix":
@@ -169,6 +169,8 @@ class MAR(nn.Module):
         hidden = torch.nn.functional.pad(m, (self.K, 0))                     # (B, K + N) class tokens are visible
         if self.guidance == "dcmix" and self.mix_at == "encoder":
             hidden = torch.zeros_like(hidden)
+        if (m.sum(1) != m[0].sum()).any():
+            raise ValueError("the mask must hide the same number of tokens in every row")
         keep = hidden.shape[1] - int(hidden[0].sum())
         visible = hidden.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D)
 

@@ -121,6 +121,8 @@ def ti_mix(x_d, x_hat, m, rho, lam):
     The paper prints x~_d on both sides of the first case; it is x_d (Fig. 5) [erratum].
     """
     check_mask(m, x_d, x_hat)
+    if rho.shape != m.shape:
+        raise ValueError(f"rho {tuple(rho.shape)} does not fit the mask {tuple(m.shape)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lambda must lie in [0, 1], got {lam}")
     return torch.where((m & (rho >= lam))[..., None], x_hat, x_d)

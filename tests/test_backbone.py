@@ -355,7 +355,7 @@ class Recorder:
     def __call__(self, x_c, x_d, m, y, drop):
         return torch.zeros(*m.shape, 1)
 
-    def sample(self, z, noise, steps, temperature, z_uncond, scale):
+    def sample(self, z, noise, steps, temperature, z_uncond, scale, bound):
         self.counts.append(len(z))
         self.scales.append(scale)
         return torch.zeros(len(z), 1)

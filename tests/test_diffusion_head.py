@@ -260,6 +260,17 @@ def test_golden_model_distribution(process, head):
             assert golden.difference(got[row], process[name][row]) < 1e-5, f"{name}, step {row}"
 
 
+def test_bound_limits_x_0_alone():
+    """`bound` cuts the predicted x_0 to [-bound, bound] before the mean is taken; without it nothing is cut, as in MAR."""
+    c, x_t, v = diffusion_head.coefficients(25), torch.tensor([[0.5, -0.5, 1.0]]), torch.zeros(1, 3)
+    eps = (x_t - c.sqrt_abar[24] * torch.tensor([[100.0, -100.0, 1.0]])) / c.sqrt_1m_abar[24]           # x_0 = 100, -100, 1
+    for bound, x_0 in [(None, [100, -100, 1]), (5.0, [5, -5, 1])]:
+        mean, log_variance, found = diffusion_head.model_distribution(x_t, eps, v, 24, c, bound)
+        torch.testing.assert_close(found, torch.tensor([x_0]).float(), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(mean, c.mean_x0[24] * found + c.mean_xt[24] * x_t)
+        torch.testing.assert_close(log_variance, (c.log_beta[24] + c.log_var[24]).expand(1, 3) / 2)
+
+
 # ------------------------------------------------------------------ the sampler, against MAR
 
 class Analytic(nn.Module):
@@ -314,6 +325,14 @@ def test_golden_guided_sampler(process, head, steps, temperature, name):
     assert golden.difference(found[-1], process[f"head_sample_{name}"][:5]) < 1e-5
     if name == "25_cfg3":
         assert golden.difference(found, process["head_traj_25_cfg3"][:, :5]) < 1e-5
+
+
+@pytest.mark.parametrize("guided", [dict(), dict(scale=3.0)])
+def test_bound_limits_the_sample(process, head, guided):
+    """The last step returns x_0 itself, so no sampled token exceeds the bound; without one the untrained head's reach 1e4 and more."""
+    noise, guided = torch.cat([process["noise_init"][None], torch.zeros(24, 5, 8)]), guided and guided | dict(z_uncond=process["z_uncond"])
+    assert head.sample(process["z"], noise, 25, **guided).abs().max() > 1e4
+    assert head.sample(process["z"], noise, 25, bound=2.0, **guided).abs().max() <= 2.0 + 1e-5
 
 
 def test_guidance_1_is_no_guidance(process, head):
