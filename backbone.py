@@ -24,7 +24,7 @@ GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 # mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
 # prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
 PRESETS = {
-    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 1, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 1, 2), blocks=1, bits=8, groups=1),
+    "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8, groups=1),
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
                  prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import embedding, layer_norm
 
 T = 1000                                                                     # [MAR]
 
@@ -131,7 +131,9 @@ class TimeEmbed(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t):
-        return self.mlp(self.frequencies(t))
+        if t.numel() <= T:
+            return self.mlp(self.frequencies(t))
+        return embedding(t, self.mlp(self.frequencies(torch.arange(T, device=t.device))))         # each t once, not each row
 
 
 class ResBlock(nn.Module):

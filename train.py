@@ -36,8 +36,8 @@ import tokenizers
 
 # Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
 RECIPES = {
-    "tiny": dict(vae=dict(steps=700, batch=16, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=600, batch=16, lr=1e-3, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+    "tiny": dict(vae=dict(steps=600, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=700, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  prior=dict(steps=1500, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
                  mixar=dict(steps=1500, batch=32, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
 }
