@@ -36,12 +36,12 @@ import tokenizers
 
 # Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
 RECIPES = {
-    "tiny": dict(vae=dict(steps=600, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=700, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 prior=dict(steps=1500, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=1500, batch=32, lr=8e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 prior=dict(steps=1200, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
+                 mixar=dict(steps=1200, batch=32, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
 }
-SAMPLING = {"tiny": dict(ar_steps=8, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
+SAMPLING = {"tiny": dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
                          prior_steps=12, prior_cfg=2.0, prior_power=1.0, prior_temperature=3.0)}
 CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
 
@@ -279,11 +279,12 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
             bar.set_postfix(loss=f"{shown:.4f}")
             log.write(step=step, loss=round(shown, 6), lr=group["lr"], grad_norm=round(float(norm), 4),
                       images_per_second=round((step - first) * B / seconds, 1), seconds=seconds)
-        if step % args.save_every == 0 or step == steps or stopping:
+        picture_due = preview and args.sample_every and step % args.sample_every == 0 and step < steps
+        if step % args.save_every == 0 or step == steps or stopping or picture_due:
             save()
         if stopping:
             raise SystemExit(f"{kind}: stopped by SIGTERM at step {step}, saved in {path}; start again to go on")
-        if rank == 0 and preview and args.sample_every and step % args.sample_every == 0 and step < steps:
+        if rank == 0 and picture_due:
             preview(ema.eval(), step)
     bar.close()
     signal.signal(signal.SIGTERM, previous)
@@ -310,7 +311,7 @@ def train_tokenizer(args, shared, kind, images):
     if kind == "vq" and config["bits"] > 14:
         raise SystemExit("the bit tokenizer trains with at most 14 bits")
     torch.manual_seed(args.seed)
-    model = sample.KINDS[kind](**config)
+    model = sample.KINDS[kind](**config).to(memory_format=torch.channels_last)           # convolutions run faster so
     if kind == "vae":
         nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
 
@@ -319,7 +320,7 @@ def train_tokenizer(args, shared, kind, images):
         if images.mirror:
             flip = draw(torch.rand).cpu() < 0.5
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
-        return (x,)
+        return (x.contiguous(memory_format=torch.channels_last),)
 
     @torch.no_grad()
     def preview(ema, step):

@@ -1,0 +1,356 @@
+"""fid.py: the measures against literals, closed forms and reference numbers; every kind of input end to end; every error as one line.
+
+`golden/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it.
+"""
+import gzip
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+import backbone
+import fid
+import sample
+import tokenizers
+
+GOLDEN = np.load(Path(__file__).resolve().parent / "golden" / "fid.npz")
+
+
+def moments(x):
+    return np.mean(x, 0, dtype=np.float64), np.cov(x, rowvar=False)
+
+
+# ------------------------------------------------------------------ the Frechet distance
+
+def test_frechet_distance_of_two_normals_on_a_line():
+    """In one dimension it is (mu1 - mu2)^2 + (s1 - s2)^2 with the DEVIATIONS s: here 2^2 + (2 - 3)^2."""
+    assert fid.frechet_distance([1], [[4]], [3], [[9]]) == pytest.approx(5, abs=1e-12)
+
+
+def test_frechet_distance_golden():
+    """The number torch-fidelity gives for these statistics, and for those of the stored features."""
+    given = fid.frechet_distance(*(GOLDEN[k] for k in ("mu1", "sigma1", "mu2", "sigma2")))
+    assert given == pytest.approx(float(GOLDEN["fid_torch_fidelity"]), rel=1e-6)
+    computed = fid.frechet_distance(*moments(GOLDEN["feat1"]), *moments(GOLDEN["feat2"]))
+    assert computed == pytest.approx(float(GOLDEN["fid_pytorch_fid"]), rel=1e-6)
+
+
+def test_frechet_distance_of_singular_covariances_golden():
+    """Fewer rows than features: the trace term must not take the root of a rounding error below zero."""
+    found = fid.frechet_distance(*moments(GOLDEN["feat3"]), *moments(GOLDEN["feat4"]))
+    assert found == pytest.approx(float(GOLDEN["fid_torch_fidelity_deficient"]), rel=1e-6)
+
+
+def test_frechet_distance_of_unequal_rotated_covariances():
+    """Against SciPy's sqrtm, with covariances that do not commute: the order of the product and the root both show."""
+    random = np.random.RandomState(0)
+    turn = lambda: np.linalg.qr(random.randn(6, 6))[0]
+    (q1, q2), mu1, mu2 = (turn(), turn()), random.randn(6), random.randn(6)
+    s1, s2 = q1 @ np.diag([9, 4, 1, .5, .1, .01]) @ q1.T, q2 @ np.diag([.2, 7, 3, .05, 2, 1]) @ q2.T
+    expected = np.square(mu1 - mu2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_refuses_what_does_not_fit():
+    one, two = (np.zeros(1), np.eye(1)), (np.zeros(2), np.eye(2))
+    for bad in ((*one, *two), (*two, two[0], one[1]), (two[1], two[0], *two), (*two, np.zeros(2), np.full((2, 2), np.nan))):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(*bad)
+
+
+# ------------------------------------------------------------------ statistics
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 250], list(range(7, 500, 7))], ids=["one", "two", "uneven", "many"])
+def test_statistics_do_not_depend_on_the_batches(cuts):
+    """Mean and covariance (n - 1) of NumPy, however the rows arrive and in whatever order the batches come."""
+    x = np.float64(GOLDEN["feat1"]) * np.arange(1, 33) + 1000
+    for batches in (np.split(x, cuts), np.split(x, cuts)[::-1]):
+        statistics = fid.Statistics(32)
+        for batch in batches:
+            before = batch.copy()
+            statistics.add(batch)
+            assert (batch == before).all()
+        assert statistics.n == 500
+        np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_survive_a_large_mean():
+    """sum(x^2) - n mean^2 loses all digits here: the sums must be centred, and in float64."""
+    x = np.random.RandomState(0).randn(1000, 3) + [1e8, -1e8, 0]
+    statistics = fid.Statistics(3)
+    for batch in np.split(x, 10):
+        statistics.add(batch)
+    np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), atol=1e-6)
+
+
+# ------------------------------------------------------------------ the inception score
+
+@pytest.mark.parametrize("key, splits, shuffle", [("isc_splits10_noshuffle", 10, None), ("isc_splits10_shuffle2020", 10, 2020),
+                                                  ("isc_splits1", 1, None), ("isc_splits7_noshuffle", 7, None)])
+def test_inception_score_golden(key, splits, shuffle):
+    assert fid.inception_score(GOLDEN["isc_logits"], splits, shuffle) == pytest.approx(tuple(GOLDEN[key]), rel=1e-9, abs=1e-9)
+
+
+def test_inception_score_shuffles_by_default():
+    assert fid.inception_score(GOLDEN["isc_logits"]) == pytest.approx(tuple(GOLDEN["isc_splits10_shuffle2020"]), rel=1e-9)
+
+
+def test_inception_score_counts_certain_and_balanced_classes():
+    """K classes, each certain and equally frequent, score K, even where the other probabilities underflow; undecided ones score 1."""
+    assert fid.inception_score(np.tile(5000 * np.eye(4), (10, 1)), 1) == pytest.approx((4, 0))
+    assert fid.inception_score(np.zeros((20, 4)), 2) == pytest.approx((1, 0))
+    with pytest.raises(ValueError):
+        fid.inception_score(np.zeros((9, 4)), 10)
+
+
+# ------------------------------------------------------------------ a world of small pictures, classifier and run
+
+SIZE = 8
+MAR = dict(N=16, d_c=4, d_d=4, classes=3, D=16, depth=1, heads=2, K=2, head_depth=1, head_width=16, dropout=0.0)
+MODELS = dict(vae=dict(width=8, mult=(1, 2), blocks=1, z=4, groups=4), vq=dict(width=8, mult=(1, 2), blocks=1, bits=4, groups=4),
+              prior=dict(N=16, bits=4, classes=3, D=16, depth=1, heads=2, mlp=32), mixar=MAR)
+
+
+def blobs(n, seed=0, size=SIZE):
+    """uint8 (n, size, size, 3): picture i has mostly the colour channel i mod 3."""
+    pictures = np.random.RandomState(seed).randint(0, 120, (n, size, size, 3))
+    pictures[np.arange(n), :, :, np.arange(n) % 3] += 130
+    return np.uint8(pictures)
+
+
+def write_pngs(pictures, folder, name="{0:04d}.png"):
+    for i, picture in enumerate(pictures):
+        path = folder / name.format(i, "abc"[i % 3])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Class folders with and without val, idx files, an npz, an untrained classifier (`features`), and an untrained run."""
+    root = tmp_path_factory.mktemp("fid")
+    write_pngs(blobs(60), root / "colours" / "train", "{1}/{0}.png")
+    write_pngs(blobs(200, 1), root / "colours" / "val", "{1}/{0}.png")
+    write_pngs(blobs(200, 1), root / "unsplit", "{1}/{0}.png")
+    write_pngs(blobs(200, 1), root / "flat")
+    np.savez(root / "samples.npz", arr_0=blobs(200, 1))
+    (root / "idx").mkdir()
+    for prefix, n in (("train", 50), ("t10k", 160)):
+        for what, data in (("images-idx3", blobs(n)[..., 0]), ("labels-idx1", np.uint8(np.arange(n) % 3))):
+            header = bytes([0, 0, 8, data.ndim]) + np.array(data.shape, ">u4").tobytes()
+            (root / "idx" / f"{prefix}-{what}-ubyte.gz").write_bytes(gzip.compress(header + data.tobytes()))
+    torch.manual_seed(0)
+    model = fid.Classifier(3, SIZE)
+    torch.save(dict(kind="classifier", config=dict(classes=3, size=SIZE), model=model.state_dict(), meta=dict(data="colours")), root / "features.pt")
+    built = {kind: sample.KINDS[kind](**config) for kind, config in MODELS.items()}
+    settings = dict(ar_steps=2, diffusion_steps=3, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
+                    prior_steps=2, prior_cfg=0.0, prior_power=1.0, prior_temperature=1.0)
+    meta = dict(shared="../colours", classes=list("abc"), data=str(root / "colours"), latent_mean=[0.0] * 4, latent_std=[1.0] * 4,
+                tokenizers=[tokenizers.fingerprint(built[k]) for k in ("vae", "vq")], sampling=settings)
+    for kind, model in built.items():
+        path = root / "runs" / ("colours-dcmix" if kind == "mixar" else f"colours/{kind}") / "last.pt"
+        path.parent.mkdir(parents=True)
+        torch.save(dict(kind=kind, config=MODELS[kind], step=7, meta=meta, model=model.state_dict(), ema=model.state_dict()), path)
+    return root
+
+
+@pytest.fixture
+def measured(world, tmp_path):
+    """measured(A, B, flags...) -> the json report; names are those of the world, features its classifier."""
+    def call(*args, features=True):
+        args = [str(world / a) if (world / a).exists() else a for a in args]
+        fid.main([*args, "--json", str(tmp_path / "report.json"), "--amp", "fp32", *(["--features", str(world / "features.pt")] if features else [])])
+        return json.loads((tmp_path / "report.json").read_text())
+    return call
+
+
+RUN = "runs/colours-dcmix"
+
+
+# ------------------------------------------------------------------ every kind of input
+
+@pytest.mark.parametrize("kind, what, split", [("folder", "flat", None), ("data", "colours", "held out"), ("data", "unsplit", "train, nothing is held out")])
+def test_the_same_pictures_from_another_place_are_at_distance_zero(measured, kind, what, split):
+    """npz, flat folder, class folders with and without val hold the same 200 pictures; BatchNorm's features are far from those of others."""
+    report = measured("samples.npz", what)
+    assert (report["reference"]["kind"], report["reference"].get("split"), report["reference"]["count"]) == (kind, split, 200)
+    assert report["results"][0]["count"] == 200 and report["results"][0]["frechet_distance"] < 1e-8
+    assert report["results"][0]["classifier_score"]["mean"] == pytest.approx(report["reference"]["classifier_score"]["mean"], abs=0.05)
+
+
+def test_other_pictures_are_at_a_distance(measured):
+    assert measured("shapes", "flat", "--count", "150")["results"][0]["frechet_distance"] > 1e-3
+
+
+def test_the_embedded_set_and_idx_files_give_their_held_out_pictures(measured):
+    report = measured("shapes", "idx", "--count", "150", "--reference-count", "155")
+    for side, count in ((report["results"][0], 150), (report["reference"], 155)):
+        assert side["split"] == "held out" and side["count"] == count
+
+
+def test_distance_and_score_are_those_of_the_features_of_all_pictures(world, measured):
+    """The whole path against plain NumPy, with a batch size that does not divide the number of pictures."""
+    report = measured("samples.npz", "idx", "--batch-size", "64")
+    model, test = fid.load_classifier(world / "features.pt", "cpu"), tokenizers.open_source(str(world / "idx"), "test", SIZE, None)
+    a, b = blobs(200, 1).transpose(0, 3, 1, 2), np.stack([test.read(i) for i in range(160)])
+    (fa, la), (fb, _) = (model(torch.tensor(np.ascontiguousarray(p))) for p in (a, b))
+    assert report["results"][0]["frechet_distance"] == pytest.approx(fid.frechet_distance(*moments(fa.numpy()), *moments(fb.numpy())), rel=1e-5)
+    score = report["results"][0]["classifier_score"]
+    assert (score["mean"], score["deviation"]) == pytest.approx(fid.inception_score(la.numpy()), rel=1e-6)
+
+
+def test_statistics_are_saved_and_read_back(world, measured, tmp_path):
+    """Saved statistics stand for their pictures, need no classifier between themselves, and refuse another's features."""
+    file = tmp_path / "flat.npz"
+    direct = measured("samples.npz", "idx", "--save-stats", str(file))["results"][0]["frechet_distance"]
+    saved = np.load(file)
+    assert saved["mu"].shape == (144,) and saved["sigma"].shape == (144, 144) and int(saved["n"]) == 200 and "classifier" in str(saved["extractor"])
+    assert measured(str(file), "idx")["results"][0]["frechet_distance"] == pytest.approx(direct, rel=1e-9)
+    assert measured("samples.npz", str(file))["results"][0]["frechet_distance"] < 1e-8
+    assert measured(str(file), str(file), features=False)["extractor"] == str(saved["extractor"])
+    np.savez(tmp_path / "foreign.npz", **{**saved, "extractor": "small classifier 0000 of elsewhere"})
+    with pytest.raises(SystemExit, match="0000 of elsewhere"):
+        measured("samples.npz", str(tmp_path / "foreign.npz"))
+    np.savez(tmp_path / "plain.npz", mu=saved["mu"], sigma=saved["sigma"])
+    assert measured("samples.npz", str(tmp_path / "plain.npz"))["reference"]["extractor"] == "not recorded"
+
+
+def test_a_run_gives_the_pictures_of_sample_py(world, measured, tmp_path):
+    """The same seed means the same pictures, at another batch size, and its settings are in the report; bf16 sampling leaves the features in fp32."""
+    for amp in ("fp32", "bf16"):
+        sample.main([str(world / RUN), "--count", "160", "--seed", "3", "--ar-steps", "3", "--amp", amp, "--out", str(tmp_path / f"{amp}.npz")])
+        flags = ["--count", "160", "--seed", "3", "--ar-steps", "3", "--amp", amp, "--batch-size", "80" if amp == "bf16" else "47"]
+        fid.main([str(world / RUN), str(tmp_path / f"{amp}.npz"), *flags, "--features", str(world / "features.pt"), "--json", str(tmp_path / "r.json")])
+        found = json.loads((tmp_path / "r.json").read_text())["results"][0]
+        assert found["frechet_distance"] < 1e-6
+        assert found["settings"]["ar_steps"] == 3 and found["settings"]["diffusion_steps"] == 3
+        assert (found["seed"], found["weights"], found["decode"], found["step"], found["count"]) == (3, "ema", "continuous", 7, 160)
+    other = measured(RUN, str(tmp_path / "fp32.npz"), "--count", "160", "--seed", "3", "--decode", "discrete")
+    assert other["results"][0]["frechet_distance"] > 1e-4 and other["results"][0]["decode"] == "discrete"
+
+
+def test_a_run_is_compared_with_the_held_out_pictures_of_its_data_by_default(world, measured):
+    report = measured(f"{RUN}/last.pt", "--count", "150")
+    assert report["reference"]["source"] == str(world / "colours") and report["reference"]["split"] == "held out"
+
+
+def test_reconstructions_of_both_tokenizers(world, measured):
+    report = measured(RUN, "--rfd")
+    assert [("vae" in r["source"], "vq" in r["source"], r["count"]) for r in report["results"]] == [(True, False, 200), (False, True, 200)]
+    first, second = (r["frechet_distance"] for r in report["results"])
+    assert first > 1e-4 and second > 1e-4 and first != second
+
+
+def test_reconstruction_feeds_each_tokenizer_its_own_range():
+    """The VAE works in [-1, 1] on posterior means, the bit tokenizer in [0, 1] on signs: ideal ones return the picture, and its bits."""
+    same = SimpleNamespace(encode=lambda x: (x, None), decode=lambda z: z)
+    signs = SimpleNamespace(encode=lambda x: x - 0.25, decode=lambda bits: (bits + 1) / 2)
+    system = SimpleNamespace(vae=same, vq=signs, size=SIZE, device=torch.device("cpu"))
+    pictures = list(blobs(5).transpose(0, 3, 1, 2))
+    assert (fid.reconstruct(system, "vae", pictures) == np.stack(pictures)).all()
+    assert (fid.reconstruct(system, "vq", pictures) == np.where(np.stack(pictures) / 255 > 0.25, 255, 0)).all()
+
+
+def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path):
+    large = blobs(150, 2, 24)
+    np.savez(tmp_path / "large.npz", arr_0=large[:, :16])
+    write_pngs(large[:, :16], tmp_path / "large")
+    report = measured(str(tmp_path / "large.npz"), str(tmp_path / "large"))
+    assert report["results"][0]["frechet_distance"] < 1e-8
+    expected = np.asarray(tokenizers.center_crop(Image.fromarray(large[0, :16]), SIZE)).transpose(2, 0, 1)
+    assert (fid.fit(large[0, :16].transpose(2, 0, 1), SIZE) == expected).all()
+
+
+# ------------------------------------------------------------------ the report
+
+def test_numbers_never_travel_alone(world, measured, capsys):
+    """The report says what, against what, measured by what; classifier features are never called FID."""
+    report = measured("samples.npz", "colours")
+    digits = tokenizers.fingerprint(fid.load_classifier(world / "features.pt", "cpu"))
+    assert report["extractor"]["sha256"] == digits and digits in report["metric"] and report["extractor"]["width"] == 144
+    assert report["metric"].startswith("Frechet distance (small classifier") and report["metric"].endswith("not FID)")
+    assert {"seconds", "date", "device"} <= set(report) and report["results"][0]["classifier_score"]["splits"] == 10
+    line = capsys.readouterr().out.strip()
+    assert "\n" not in line and "not FID" in line and "IS(classifier)" in line and line.count("(200)") == 2
+
+
+def test_unreadable_pictures_are_counted_named_and_left_out(measured, tmp_path, capsys):
+    folder = write_pngs(blobs(150, 1), tmp_path / "some")
+    (folder / "0000.png").write_bytes((folder / "0000.png").read_bytes()[:60])
+    (folder / "0001.jpg").write_text("no picture")
+    result = measured(str(folder), "idx")["results"][0]
+    assert result["count"] == 149 and len(result["skipped"]) == 2 and "0000.png" in result["skipped"][0]
+    assert "skipped 2 unreadable" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ the classifier
+
+def test_the_classifier_is_trained_once_beside_the_shared_models(world, measured, monkeypatch):
+    """It learns three colours in 30 steps, twice alike, lies in RUNS/DATA/ and is used from there; another data set of that name is refused."""
+    monkeypatch.setattr(fid, "train_classifier", partial(fid.train_classifier, steps=30, B=30))
+    path = world / "runs" / "colours" / "classifier.pt"
+    first = measured("samples.npz", RUN, "--reference-count", "150", features=False)["extractor"]
+    assert first["held_out_accuracy"] == 1 and first["pictures"] == 54 and first["file"].endswith("colours/classifier.pt")
+    path.unlink()
+    second = measured("samples.npz", RUN, "--reference-count", "150", features=False)["extractor"]
+    assert second["sha256"] == first["sha256"]
+    before = path.stat().st_mtime_ns
+    measured("samples.npz", RUN, "--reference-count", "150", features=False)
+    assert path.stat().st_mtime_ns == before
+    other = write_pngs(blobs(12), world / "other" / "colours" / "train", "{1}/{0}.png").parent
+    with pytest.raises(SystemExit, match="is the classifier of"):
+        measured(RUN, "flat", "--data", str(other), features=False)
+
+
+# ------------------------------------------------------------------ errors are one line
+
+def bad(world, folder):
+    """name -> (arguments, what the line must say)"""
+    np.savez(folder / "other.npz", pictures=blobs(3))
+    np.savez(folder / "float.npz", arr_0=np.zeros((3, 4, 4, 3)))
+    np.savez(folder / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(folder / "nan.npz", mu=np.full(144, np.nan), sigma=np.eye(144))
+    (folder / "cut.npz").write_bytes((world / "samples.npz").read_bytes()[:20000])
+    whole = (world / "samples.npz").read_bytes()
+    (folder / "flipped.npz").write_bytes(whole[:30000] + bytes([whole[30000] ^ 255]) + whole[30001:])
+    (folder / "text.npz").write_text("no npz file")
+    (folder / "empty").mkdir()
+    return {"no such path": (["nowhere", "flat"], "nowhere: no such run"),
+            "npz without arr_0 or mu": ([f"{folder}/other.npz", "flat"], "other.npz: expected an npz file with arr_0"),
+            "npz of floats": ([f"{folder}/float.npz", "flat"], "float64.*expected uint8"),
+            "npz cut short": ([f"{folder}/cut.npz", "flat"], "cut.npz: expected an npz file"),
+            "npz with a flipped byte": ([f"{folder}/flipped.npz", "flat"], "flipped.npz: expected an npz file"),
+            "npz that is text": ([f"{folder}/text.npz", "flat"], "text.npz: expected an npz file"),
+            "other widths": (["samples.npz", f"{folder}/wide.npz"], r"\(144,\) and \(2048,\)"),
+            "not finite": (["samples.npz", f"{folder}/nan.npz"], "not finite"),
+            "too few": (["samples.npz", "flat", "--count", "144"], "samples.npz: 144 pictures are too few.*--force"),
+            "too few of the reference": (["samples.npz", "flat", "--reference-count", "3"], "flat: 3 pictures are too few"),
+            "no pictures": ([f"{folder}/empty", "flat"], "empty: 0 pictures are too few"),
+            "checkpoint of another kind": ([str(world / "runs/colours/vae/last.pt"), "flat"], "expected a mixar checkpoint, found vae"),
+            "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
+            "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs by the tokenizers of a run")}
+
+
+def test_errors_are_one_line(world, measured, tmp_path):
+    for name, (args, line) in bad(world, tmp_path).items():
+        with pytest.raises(SystemExit, match=line) as error:
+            measured(*args, features="--features" not in args)
+        assert "\n" not in str(error.value), name
+
+
+def test_without_a_data_set_the_classifier_must_be_named(measured):
+    with pytest.raises(SystemExit, match="--data DATA or --features CKPT"):
+        measured("flat", "samples.npz", features=False)
+
+
+def test_too_few_pictures_can_be_forced(measured):
+    assert measured("samples.npz", "flat", "--count", "20", "--force")["results"][0]["count"] == 20
