@@ -5,7 +5,7 @@ bit tokens), both with the official parameter names. Images come from the embedd
 class folders or from MNIST-family files. `Tokens` is the cache the training reads.
 
 Reads files, feeds mixing.py, train.py, sample.py and fid.py. Read mixing.py next.
-Try: python -c "import tokenizers; tokenizers.show_shapes('shapes.png')"
+Try: python train.py --stage vae        (and look at runs/shapes/vae/reconstructions.png)
 (Run from this folder, this module stands before the Hugging Face package of the same name.)
 
 B batch, n images, h x w token grid, N = h * w, d_c channels of x_c, d_d bits of x_d.
@@ -436,8 +436,8 @@ class Shapes:
         colour = lambda h, s, v: np.array(colorsys.hsv_to_rgb(h, s, v))[:, None, None]
         axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
         X, Y = axis[None, :], -axis[:, None]
-        radius, turn = 0.5 + 0.3 * u[0], 0.8 * (u[1] - 0.5)
-        dx, dy = (X - 0.3 * (u[2] - 0.5)) / radius, (Y - 0.3 * (u[3] - 0.5)) / radius
+        radius, turn = 0.68 + 0.22 * u[0], 0.4 * (u[1] - 0.5)
+        dx, dy = (X - 0.2 * (u[2] - 0.5)) / radius, (Y - 0.2 * (u[3] - 0.5)) / radius
         x, y = dx * math.cos(turn) + dy * math.sin(turn), dy * math.cos(turn) - dx * math.sin(turn)
         inside = np.clip(0.5 - self.distance(self.labels[i], x, y) * radius * self.size / 2, 0, 1)
         ramp = (1 + X * math.cos(6.28 * u[4]) + Y * math.sin(6.28 * u[4])) / 2
@@ -445,13 +445,6 @@ class Shapes:
         stripes = np.sin((6 + 8 * u[11]) * (x * math.cos(3.14 * u[12]) + y * math.sin(3.14 * u[12])))
         figure = colour(u[13], 0.4 + 0.6 * u[14], 0.8) * (1 + 0.25 * u[15] * stripes)
         return ((ground * (1 - inside) + figure * inside).clip(0, 1) * 255).astype(np.uint8)
-
-
-def show_shapes(path, rows=10):
-    """Write a picture of the embedded set: a column per class."""
-    source = Shapes("train", 32, 10 * rows)
-    tiles = np.stack([source.read(i) for i in range(10 * rows)]).reshape(rows, 10, 3, 32, 32)
-    Image.fromarray(tiles.transpose(0, 3, 1, 4, 2).reshape(rows * 32, 320, 3)).save(path)
 
 
 def open_source(data, split, size, count):
@@ -484,7 +477,8 @@ class Images:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["made_from"] != made_from:
             raise SystemExit(f"{folder} holds the pictures of {meta['made_from']}, not of {made_from}; choose another --runs folder")
-        self.pixels, self.labels = np.load(folder / "pixels.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        self.labels = np.load(folder / "labels.npy")
+        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")[:len(self.labels)]           # sized for the unreadable ones too
         self.classes, self.mirror = meta["classes"], meta["mirror"]
 
     @staticmethod
@@ -504,8 +498,6 @@ class Images:
         if not labels:
             raise SystemExit(f"{made_from['data']}: none of its {len(skipped)} pictures could be read")
         pixels.flush()
-        if skipped:                                                          # the array was sized for all of them
-            write_whole(folder / "pixels.npy", lambda file: np.save(file, pixels[:len(labels)]))
         np.save(folder / "labels.npy", np.array(labels))
         meta = dict(made_from=made_from, classes=source.classes, mirror=source.mirror, skipped=skipped)
         write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -535,12 +527,10 @@ def cache_tokens(folder, images, vae, vq, device, batch=256):
                 indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (*shape, *index.shape[1:]))
             moments[f, start:start + batch] = torch.cat([mean, logvar], dim=1).cpu().numpy()
             indices[f, start:start + batch] = index.cpu().numpy()
-            m = mean.double()
-            sums = sums + torch.stack([m.sum((0, 2, 3)), (m.square() + logvar.double().exp()).sum((0, 2, 3)), torch.ones_like(m[0, :, 0, 0]) * m[:, 0].numel()])
-    total, squares, count = sums
-    std = (squares / count - (total / count).square()).sqrt()
+            sums = sums + torch.stack([mean.double(), mean.double().square() + logvar.double().exp()]).sum((1, 3, 4))
     moments.flush(), indices.flush()
-    meta = dict(vae=fingerprint(vae), vq=fingerprint(vq), mean=(total / count).tolist(), std=std.tolist(), bits=vq.quantize.codebook.shape[1])
+    average, square = sums / indices.size                                    # of posterior samples, (d_c,) each
+    meta = dict(vae=fingerprint(vae), vq=fingerprint(vq), mean=average.tolist(), std=(square - average ** 2).sqrt().tolist(), bits=vq.quantize.codebook.shape[1])
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
 

@@ -41,8 +41,8 @@ RECIPES = {
                  prior=dict(steps=1200, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
                  mixar=dict(steps=1200, batch=32, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
 }
-SAMPLING = {"tiny": dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
-                         prior_steps=12, prior_cfg=2.0, prior_power=1.0, prior_temperature=3.0)}
+SAMPLING = {"tiny": dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=0.9, bound=5.0,
+                         prior_steps=24, prior_cfg=3.0, prior_power=1.0, prior_temperature=1.5)}
 CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
 
 
