@@ -313,7 +313,7 @@ def compare(a, b):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, an npz of samples (arr_0) or statistics (mu, sigma), or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its held-out pictures (default: the data set of the run A)")
     p.add_argument("--rfd", action="store_true", help="instead of samples of the run A, measure B's pictures reconstructed by each of its tokenizers")
@@ -325,14 +325,15 @@ def parse(argv=None):
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
     g = p.add_argument_group("samples of a run")
-    g.add_argument("--seed", type=int, default=0, help="as in sample.py: the same pictures")
-    g.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights")
-    g.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer")
+    g.add_argument("--seed", type=int, default=0, help="as in sample.py: the same pictures (default: %(default)s)")
+    g.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
+    g.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
+                   help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
     for name, kind, text in (("ar-steps", int, "AR steps, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"), ("cfg", float, "guidance scale")):
         g.add_argument(f"--{name}", type=kind, help=f"{text} (default: the run's)")
-    g.add_argument("--batch-size", type=int, default=100, help="pictures at once")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in sample.py; features are always fp32")
+    g.add_argument("--batch-size", type=int, default=100, help="pictures at once (default: %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in sample.py; features are always fp32 (default: %(default)s)")
     return p.parse_args(argv)
 
 
