@@ -13,7 +13,6 @@ B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per toke
 import argparse
 import copy
 import csv
-import json
 import math
 import os
 import signal
@@ -54,7 +53,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
     batch: mean, deviation of x_c (B, N, d_c), x_d (B, N, d_d), y (B,); draw(f, *shape): f's random numbers (B, *shape).
     """
     mean, std, x_d, y = batch
-    (B, N, d_c), R = mean.shape, args.draws
+    (N, d_c), R = mean.shape[1:], args.draws
     x_c = mean + std * draw(torch.randn, N, d_c)                             # (B, N, d_c)   Eq. (7), cached moments
     ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
     m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
@@ -179,17 +178,16 @@ def update_ema(ema, model, n, decay):
 class Log:
     """log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
 
-    def __init__(self, folder, step, tensorboard):
-        self.path, rows = folder / "log.csv", []
-        if self.path.is_file():
-            rows = [row for row in csv.DictReader(self.path.open()) if int(row["step"]) <= step]
-        self.fields = ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"]
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
-        self.file = self.path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, self.fields)
+    def __init__(self, folder, step, B, tensorboard):
+        folder.mkdir(parents=True, exist_ok=True)
+        path, rows = folder / "log.csv", []
+        if path.is_file():
+            rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= step]
+        self.before, self.start, self.first, self.B = float(rows[-1]["seconds"]) if rows else 0.0, time.time(), step, B
+        self.file, self.board = path.open("w", newline=""), None
+        self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
         self.writer.writeheader()
         self.writer.writerows(rows)
-        self.board = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -197,42 +195,67 @@ class Log:
                 raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard") from None
             self.board = SummaryWriter(folder)
 
-    def write(self, **row):
-        self.writer.writerow(row | dict(seconds=round(self.seconds + row["seconds"], 2)))
+    def write(self, step, loss, lr, grad_norm):
+        seconds = time.time() - self.start
+        self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4), seconds=round(self.before + seconds, 2),
+                                  images_per_second=round((step - self.first) * self.B / seconds, 1)))
         self.file.flush()
         if self.board:
-            for name in ("loss", "lr", "grad_norm"):
-                self.board.add_scalar(name, row[name], row["step"])
+            for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm)):
+                self.board.add_scalar(name, value, step)
+
+
+def restore(path, init, kind, settings, model, ema, optimizer, scaler):
+    """Take up last.pt, or start from another checkpoint's weights (--init) -> steps done, EMA updates before step 0.
+
+    SystemExit on a damaged or foreign file, or one made with other settings.
+    """
+    source = path if path.is_file() else init
+    if not source:
+        return 0, 0
+    source = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
+    saved = sample.load_checkpoint(source, kind)
+    if source == path and saved["settings"] != settings:
+        raise SystemExit(f"{path} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
+    for module, key in ((model, "model"), (ema, "ema")):
+        sample.load_weights(module, saved[key], source)
+    if source != path:
+        return 0, saved["ema_start"] + saved["step"]
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["ema_start"]
+
+
+def update(args, ddp, model, optimizer, scaler, batch, draw, step):
+    """One step of the optimiser, left out where loss or gradient is not finite -> loss over all ranks, gradient norm, whether taken."""
+    with sample.autocast(args.amp, draw.device):
+        loss = ddp(batch, draw, step)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
+    loss = float(mean_over_ranks(loss.detach()))
+    taken = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())         # fp16's scaler leaves out overflows itself
+    if taken:
+        scaler.step(optimizer)
+        scaler.update()
+    return loss, norm, taken
 
 
 def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, preview, init=None):
-    """Train `model` with `loss` for recipe["steps"] steps, resuming from folder/last.pt; returns nothing, saves everything.
+    """Train `model` with `loss` for recipe["steps"] steps, going on from folder/last.pt; everything is saved there.
 
-    get_batch(rows) -> tuple of tensors. SystemExit on a checkpoint of other settings, on repeated non-finite losses, after SIGTERM.
+    get_batch(rows, draw) -> tuple of tensors; preview(ema, step) draws pictures. SystemExit on a checkpoint of
+    other settings, on 5 non-finite losses in a row, after SIGTERM.
     """
-    rank, ranks = world()
-    device, B, steps = torch.device(args.device), recipe["batch"], recipe["steps"]
+    (rank, ranks), device, B, steps = world(), torch.device(args.device), recipe["batch"], recipe["steps"]
     if B % ranks:
         raise SystemExit(f"--batch-size {B} is not a multiple of the {ranks} processes")
-    path, step, ema_start = folder / "last.pt", 0, 0
-    model = model.to(device)
+    path, model, bad, stop = folder / "last.pt", model.to(device), 0, []
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     settings = dict(config=config, seed=args.seed, batch=B)
-    if path.is_file():
-        saved = sample.load_checkpoint(path, kind)
-        if saved["settings"] != settings:
-            raise SystemExit(f"{path} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
-        for module, key in ((model, "model"), (ema, "ema")):
-            sample.load_weights(module, saved[key], path)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, ema_start = saved["step"], saved["ema_start"]
-    elif init:
-        saved = sample.load_checkpoint(init, kind)
-        for module, key in ((model, "model"), (ema, "ema")):
-            sample.load_weights(module, saved[key], init)
-        ema_start = saved["ema_start"] + saved["step"]
+    step, ema_start = restore(path, init, kind, settings, model, ema, optimizer, scaler)
 
     def save():
         if rank == 0:
@@ -240,45 +263,32 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
                          ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=vars(args))
             tokenizers.write_whole(path, lambda file: torch.save(state, file))
 
-    module = Loss(model.train(), loss)
-    ddp = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None) if ranks > 1 else module
-    stop = []
+    ddp = Loss(model.train(), loss)
+    if ranks > 1:
+        ddp = DistributedDataParallel(ddp, device_ids=[device] if device.type == "cuda" else None)
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = Log(folder, step, args.tensorboard)
-    bad, start, first = 0, time.time(), step
-    bar = tqdm(range(step, steps), desc=f"{kind:6}", unit="step", initial=step, total=steps, disable=rank > 0, mininterval=1)
+    log = Log(folder, step, B, args.tensorboard) if rank == 0 else None
+    bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, disable=rank > 0, mininterval=1)
     while step < steps:
         draw = Draw(args.seed, step, B, device)
         rows = batch_rows(n, B, args.seed, step)[draw.rows]
         torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)      # dropout only
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        with sample.autocast(args.amp, device):
-            value = ddp(tuple(a.to(device) for a in get_batch(rows, draw)), draw, step)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(value).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        shown, stopping = mean_over_ranks(torch.stack([value.detach().float(), torch.tensor(float(len(stop)), device=device)])).tolist()
-        if math.isfinite(shown) and (math.isfinite(norm) or scaler.is_enabled()):
-            scaler.step(optimizer)
-            scaler.update()
+        batch = tuple(a.to(device) for a in get_batch(rows, draw))
+        value, norm, taken = update(args, ddp, model, optimizer, scaler, batch, draw, step)
+        bad = 0 if taken else bad + 1
+        if bad == 5:
+            raise SystemExit(f"{kind}: the loss was not finite ({value}) in 5 steps running, at step {step}; none of them was kept. "
+                             f"Lower --lr and start again from {path if path.is_file() else 'the beginning'}")
+        if taken:
             update_ema(ema, model, ema_start + step, args.ema)
-            bad = 0
-        else:
-            bad += 1
-            if bad == 5:
-                raise SystemExit(f"{kind}: the loss was not finite ({shown}) in 5 steps running, at step {step}; nothing of them was kept. "
-                                 f"Lower --lr and start again from {path if path.is_file() else 'the beginning'}")
         step += 1
         bar.update()
         if rank == 0 and (step % args.log_every == 0 or step == steps):
-            seconds = time.time() - start
-            bar.set_postfix(loss=f"{shown:.4f}")
-            log.write(step=step, loss=round(shown, 6), lr=group["lr"], grad_norm=round(float(norm), 4),
-                      images_per_second=round((step - first) * B / seconds, 1), seconds=seconds)
+            bar.set_postfix(loss=f"{value:.4f}")
+            log.write(step, value, group["lr"], norm)
+        stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=device)) > 0
         picture_due = preview and args.sample_every and step % args.sample_every == 0 and step < steps
         if step % args.save_every == 0 or step == steps or stopping or picture_due:
             save()

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbone
 import sample
-import tokenizers
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
