@@ -181,11 +181,7 @@ def kind_of(what):
 
 @lru_cache(2)
 def open_run(run, device, weights):
-    """All models of a run, with the folder `shared` of its data set and the `size` of its pictures."""
-    system = sample.System(run, device, weights)
-    system.shared = (Path(run) if Path(run).is_dir() else Path(run).parent) / system.meta["shared"]
-    system.size = math.isqrt(system.model.N) << len(system.vae.encoder.down) - 1
-    return system
+    return sample.System(run, device, weights)
 
 
 def draw_run(system, n, settings, args):

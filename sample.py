@@ -194,13 +194,14 @@ class System:
         loaded, checkpoint = load_model(path, "mixar", weights)
         self.model = loaded if model is None else model
         self.meta, self.device, self.step = checkpoint["meta"], torch.device(device), checkpoint["step"]
-        shared = path.parent / self.meta["shared"]
-        self.vae, self.vq, self.prior = (load_model(shared / kind, kind)[0] for kind in ("vae", "vq", "prior"))
+        self.shared = path.parent / self.meta["shared"]
+        self.vae, self.vq, self.prior = (load_model(self.shared / kind, kind)[0] for kind in ("vae", "vq", "prior"))
         found = [tokenizers.fingerprint(self.vae), tokenizers.fingerprint(self.vq)]
         if found != self.meta["tokenizers"]:
-            raise SystemExit(f"{path} was trained with the tokenizers {self.meta['tokenizers']}, but {shared} holds {found}")
+            raise SystemExit(f"{path} was trained with the tokenizers {self.meta['tokenizers']}, but {self.shared} holds {found}")
         for model in (self.model, self.vae, self.vq, self.prior):
             model.to(self.device)
+        self.size = math.isqrt(self.model.N) << len(self.vae.encoder.down) - 1                   # side of the pictures
         self.mean, self.std = (torch.tensor(self.meta[k], device=self.device) for k in ("latent_mean", "latent_std"))
 
     def grid(self, tokens):
@@ -330,8 +331,8 @@ def parse(argv=None):
                              ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
                              ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
                              ("prior-temperature", float, "randomness of which codes the prior keeps")):
-        p.add_argument(f"--{name}", type=kind, help=f"{text} (default: the run's)")
-    p.add_argument("--cfg-schedule", choices=["linear", "constant"], help="guidance over AR steps (default: the run's)")
+        p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
+    p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py")
     return p.parse_args(argv)
@@ -342,7 +343,7 @@ def main(argv=None):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     system = System(args.run, device, args.weights)
-    settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if getattr(args, k, None) is not None}
+    settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
     chosen = wanted_classes(args.classes, system.meta["classes"])
     labels = [chosen[i % len(chosen)] for i in range(args.count)]
     run_folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent

@@ -386,6 +386,8 @@ class Idx:
     def __init__(self, root, split, size):
         prefix = {"train": "train", "test": "t10k"}[split]
         found = [sorted(Path(root).glob(f"{prefix}-{what}*ubyte*")) for what in ("images", "labels")]
+        if not any(found) and split == "test":
+            raise LookupError(f"{root}: no held-out pictures (no t10k files)")
         if not all(found):
             raise SystemExit(f"{root}: needs {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (.gz or not)")
         self.images, self.labels = (read_idx(paths[0]) for paths in found)

@@ -368,7 +368,7 @@ def train_mixar(args, shared, run, images, tokens):
     model = backbone.MAR(**config)
     prior = sample.load_model(shared / "prior", "prior")[0].to(args.device) if args.ti_mix else None
     meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, tokenizers=[tokens.meta["vae"], tokens.meta["vq"]],
-                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data, sampling=SAMPLING[args.preset])
+                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=SAMPLING[args.preset])
 
     def preview(ema, step):
         system = sample.System(run, args.device, model=ema)
