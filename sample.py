@@ -43,7 +43,7 @@ def load_checkpoint(path, kind):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        unsafe = "it would run code when loaded" if "Unsupported" in str(error) else "it is truncated or no PyTorch file"
+        unsafe = "it would run code when loaded" if "unsupported global" in str(error).lower() else "it is truncated or no PyTorch file"
         raise SystemExit(f"{path}: expected a {kind} checkpoint, but {unsafe}; it was not loaded") from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
     if found != kind:

@@ -365,7 +365,10 @@ def train_mixar(args, shared, run, images, tokens):
     config = dict(N=N, d_c=d_c, d_d=tokens.meta["bits"], classes=len(images.classes), guidance=args.guidance, mix_at=args.mix_at)
     config |= backbone.PRESETS[args.preset]["mar"]
     torch.manual_seed(args.seed)
-    model = backbone.MAR(**config)
+    try:
+        model = backbone.MAR(**config)
+    except ValueError as error:                                              # more bits than channels
+        raise SystemExit(str(error)) from None
     prior = sample.load_model(shared / "prior", "prior")[0].to(args.device) if args.ti_mix else None
     meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, tokenizers=[tokens.meta["vae"], tokens.meta["vq"]],
                 latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=SAMPLING[args.preset])
@@ -461,6 +464,8 @@ def main(argv=None):
         train_mixar(args, shared, run, images, tokens)
         if rank == 0:
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

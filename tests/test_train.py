@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbone
 import sample
 import train
+import quick_train  # noqa: F401, few sampling steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--images", "64", "--batch-size", "8", "--vae-steps", "2", "--vq-steps", "2", "--prior-steps", "2", "--amp", "fp32", "--sample-every", "0"]
@@ -40,7 +41,6 @@ def weights(path, key="model"):
 def runs(tmp_path_factory):
     """A folder of runs with every stage trained for two steps; its pictures take few sampling steps, for speed."""
     folder = tmp_path_factory.mktemp("runs")
-    train.SAMPLING["tiny"] |= dict(ar_steps=2, diffusion_steps=2, prior_steps=2)
     train.main([*SMALL, "--runs", str(folder), "--steps", "2"])
     return folder
 
@@ -77,26 +77,26 @@ def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path):
 # ------------------------------------------------------------------ resuming
 
 def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(runs, tmp_path):
-    more = ["--steps", 40, "--save-every", 4, "--log-every", 1, "--guidance", "dcmix"]
-    assert run("train.py", *mixar(runs, tmp_path / "whole", *more)).returncode == 0
-    killed = subprocess.Popen(command("train.py", *mixar(runs, tmp_path / "killed", *more)), cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    more = ["--steps", 24, "--save-every", 4, "--log-every", 1, "--guidance", "dcmix"]
+    assert run("tests/quick_train.py", *mixar(runs, tmp_path / "whole", *more)).returncode == 0
+    killed = subprocess.Popen(command("tests/quick_train.py", *mixar(runs, tmp_path / "killed", *more)), cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     log = tmp_path / "killed" / "log.csv"
     while not (tmp_path / "killed" / "last.pt").is_file() or len(log.read_text().splitlines()) < 7:
         assert killed.poll() is None, "the run ended before it was killed"
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert 4 <= weights(tmp_path / "killed" / "last.pt", "step") < 40
-    assert run("train.py", *mixar(runs, tmp_path / "killed", *more)).returncode == 0
+    assert 4 <= weights(tmp_path / "killed" / "last.pt", "step") < 24
+    assert run("tests/quick_train.py", *mixar(runs, tmp_path / "killed", *more)).returncode == 0
     for key in ("model", "ema"):
         whole, resumed = weights(tmp_path / "whole" / "last.pt", key), weights(tmp_path / "killed" / "last.pt", key)
         assert all(torch.equal(whole[k], resumed[k]) for k in whole), f"{key} differs after the resume"
     losses = [[(row["step"], row["loss"]) for row in csv.DictReader((tmp_path / name / "log.csv").open())] for name in ("whole", "killed")]
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert losses[0] == losses[1] and len(losses[0]) == 24
 
 
 def test_sigterm_saves_and_names_the_checkpoint(runs, tmp_path):
-    process = subprocess.Popen(command("train.py", *mixar(runs, tmp_path / "run", "--steps", 100000, "--save-every", 100000, "--log-every", 1)),
+    process = subprocess.Popen(command("tests/quick_train.py", *mixar(runs, tmp_path / "run", "--steps", 100000, "--save-every", 100000, "--log-every", 1)),
                                cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (tmp_path / "run" / "log.csv").is_file() or len((tmp_path / "run" / "log.csv").read_text().splitlines()) < 3:
         time.sleep(0.05)
@@ -140,6 +140,8 @@ def gradients(rank, ranks, port, kind, path):
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, path)
     if ranks > 1:
+        dist.barrier()                                                       # nobody leaves while another still talks
+        del module
         dist.destroy_process_group()
 
 
@@ -156,7 +158,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, kind, port):
 
 def test_torchrun_with_two_processes_trains_the_same_weights(runs, tmp_path):
     train.main(mixar(runs, tmp_path / "one", "--steps", 3))
-    done = run("train.py", *mixar(runs, tmp_path / "two", "--steps", 3), processes=2)
+    done = run("tests/quick_train.py", *mixar(runs, tmp_path / "two", "--steps", 3), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = weights(tmp_path / "one" / "last.pt"), weights(tmp_path / "two" / "last.pt")
     for key in one:
@@ -203,7 +205,7 @@ def test_weights_that_do_not_fit_are_named():
 def test_wrong_flags_are_one_line_without_traceback(runs, tmp_path, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    done = run("train.py", *mixar(runs, tmp_path / "run", "--steps", 1, *flags))
+    done = run("tests/quick_train.py", *mixar(runs, tmp_path / "run", "--steps", 1, *flags))
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 
