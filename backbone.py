@@ -11,10 +11,13 @@ Try: python backbone.py          (parameters and tokens beside the paper's Table
 B batch, N tokens, D width, K class tokens; m True = to predict.
 """
 import math
+import re
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, layer_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixing
 from diffusion_head import DiffusionHead, linear
@@ -22,17 +25,29 @@ from diffusion_head import DiffusionHead, linear
 GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 
 # mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
-# prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
+# prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; sampling: [MAR]; the whole row `tiny`: [ours].
 PRESETS = {
     "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8, groups=1),
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
-                 prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0)),
+                 prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
+                 sampling=dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=0.9, bound=5.0,
+                               prior_steps=24, prior_cfg=3.0, prior_power=1.0, prior_temperature=1.5)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
                  mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
-                 prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1)),
+                 prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1),
+                 sampling=dict(ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0, bound=None)),
 }
-PRESETS["large"] = PRESETS["base"] | dict(mar=dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1))
-PRESETS["huge"] = PRESETS["base"] | dict(mar=dict(D=1280, depth=20, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1))
+for _name, _cfg, _mar in (("large", 3.0, dict(D=1024, depth=16)), ("huge", 3.2, dict(D=1280, depth=20))):
+    PRESETS[_name] = PRESETS["base"] | dict(mar=_mar | dict(heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1),
+                                            sampling=PRESETS["base"]["sampling"] | dict(cfg=_cfg))
+# the released generators' bits: guidance, its power, temperature; 64 steps                     [MaskBit]
+MASKBIT = {10: (6.4, 2.5, 10.5), 12: (7.1, 3.0, 8.2), 14: (7.1, 3.0, 7.8), 16: (6.5, 2.5, 7.5), 18: (5.7, 2.5, 8.5)}
+
+
+def sampling(preset, bits):
+    """The sampling settings a run of this preset starts with, its prior's as MaskBit released them for so many bits (else for 14)."""
+    cfg, power, temperature = MASKBIT.get(bits, MASKBIT[14])
+    return dict(prior_steps=64, prior_cfg=cfg, prior_power=power, prior_temperature=temperature) | PRESETS[preset]["sampling"]
 
 
 def attention(q, k, v, heads, p=0.0):
@@ -122,6 +137,7 @@ class MAR(nn.Module):
         if guidance == "dcmix" and d_d > d_c:
             raise ValueError(f"d_d = {d_d} bits do not fit into d_c = {d_c} channels; dcmix (Eq. 9) needs d_d <= d_c")
         self.N, self.d_c, self.d_d, self.D, self.K, self.guidance, self.mix_at = N, d_c, d_d, D, K, guidance, mix_at
+        self.recompute = False
         self.class_emb = nn.Embedding(classes, D)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         self.fake_latent = gaussian(1, D)                                    # the class vector of "no class"
@@ -153,16 +169,23 @@ class MAR(nn.Module):
         index = ((x_d > 0).long() << torch.arange(self.d_d, device=x_d.device)).sum(-1)
         return self.z_proj_ln(self.discrete_emb(index) + self.encoder_pos_embed_learned[:, self.K:])
 
+    def run(self, blocks, x, memory):
+        """The blocks one after the other; with `recompute` their inner activations are computed again in the backward pass, not kept."""
+        for block in blocks:
+            keep = not (self.recompute and torch.is_grad_enabled())
+            x = block(x, memory) if keep else checkpoint(block, x, memory, use_reentrant=False)
+        return x
+
     def forward(self, x_c, x_d, m, y, drop):
         """z of Eq. (6).
 
         x_c (B, N, d_c) (values where m is True do not matter), x_d (B, N, d_d) bits (unused by guidance
-        none), m (B, N) bool with the same count in every row, y (B,) int, drop (B,) bool: no class.
-        -> z (B, N, D). ValueError on an uneven mask.
+        none), m (B, N) bool (there or on the CPU) with the same count in every row, y (B,) int, drop (B,)
+        bool: no class. -> z (B, N, D). ValueError on an uneven mask.
         """
         x = x_c
         if self.guidance == "dcmix":
-            x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m)             # (B, N, d_c)       Eq. (9)
+            x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m.to(x_c.device))                  # (B, N, d_c)       Eq. (9)
         x = self.embed(x, y, drop)                                           # (B, K + N, D)
         memory = self.discrete(x_d) if self.guidance in ("dcsa", "dcca") else None
         prefix = self.N if self.guidance == "dcsa" else 0                    # DC-SA: N more tokens, always visible
@@ -172,22 +195,19 @@ class MAR(nn.Module):
         if (m.sum(1) != m[0].sum()).any():
             raise ValueError("the mask must hide the same number of tokens in every row")
         keep = hidden.shape[1] - int(hidden[0].sum())
-        visible = hidden.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D)
+        visible = hidden.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D).to(x.device)
 
         seen = x.gather(1, visible)                                          # (B, K + visible, D)
         if prefix:
             seen = torch.cat([memory, seen], dim=1)
-        for block in self.encoder_blocks:
-            seen = block(seen, memory)
-        seen = self.decoder_embed(self.encoder_norm(seen))
+        seen = self.decoder_embed(self.encoder_norm(self.run(self.encoder_blocks, seen, memory)))
 
         # a masked position holds DC-Mix's embedded discrete token where MAR has its mask token
         x = self.decoder_embed(x) if self.guidance == "dcmix" else self.mask_token.expand_as(x)
         x = x.to(seen.dtype).scatter(1, visible, seen[:, prefix:]) + self.decoder_pos_embed_learned
         if prefix:
             x = torch.cat([seen[:, :prefix] + self.decoder_pos_embed_learned[:, self.K:], x], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x, memory)
+        x = self.run(self.decoder_blocks, x, memory)
         return self.decoder_norm(x)[:, prefix + self.K:] + self.diffusion_pos_embed_learned      # (B, N, D)
 
 
@@ -236,7 +256,7 @@ class MaskBitPrior(nn.Module):
 
     def __init__(self, N, bits, classes, D, depth, heads, mlp, prenorm=False, dropout=0.1, splits=2):
         super().__init__()
-        self.bits, self.splits, self.classes, self.codes = bits, splits, classes, 2 ** (bits // splits)
+        self.N, self.bits, self.splits, self.classes, self.codes = N, bits, splits, classes, 2 ** (bits // splits)
         self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
         self.register_buffer("bits_to_indices", 2 ** torch.arange(bits // splits, dtype=torch.int32))
         self.class_emb = nn.Embedding(classes + 1, D)
@@ -285,7 +305,14 @@ def masked_loss(logits, codes):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
 
 
-# ------------------------------------------------------------------ the architecture of an official file, by its shapes
+# ------------------------------------------------------------------ official files: known by their keys, sized by their shapes
+
+OFFICIAL = {"vae": ("KL-16 or VA-VAE", "quant_conv."), "vq": ("MaskBit tokenizer", "quantize."),             # what they are called, and
+            "prior": ("MaskBit generator", "transformer."), "mixar": ("MAR", "diffloss.")}                   # how keys of theirs alone begin
+# official parameter names -> ours
+RENAMED = {"vae": {r"mid\.block_1": "mid.block.0", r"mid\.block_2": "mid.block.1", r"mid\.attn_1": "mid.attn.0", r"(down|up)sample\.conv": "resize"},
+           "vq": {r"res_blocks": "block", r"(down|upsample)_conv": "resize"}, "prior": {r"^token_emb": "input_proj"}, "mixar": {}}
+
 
 def count(state, prefix):
     """How many numbered modules lie under `prefix`."""
@@ -306,12 +333,47 @@ def heads_of(D):
     return max(4, min(16, D // 64))
 
 
+def rename(state, kind):
+    """Official parameter names -> ours, without what only VA-VAE's training used. LookupError where two become one.
+
+    The KL-VAE counts its up levels from the full resolution, MaskBit and we in the order they run.
+    """
+    ours, last = {}, count(state, "decoder.up.") - 1
+    for key, value in state.items():
+        if kind == "vae" and key.startswith(("loss.", "foundation_model.", "linear_proj.")):
+            continue
+        for old, new in RENAMED[kind].items():
+            key = re.sub(old, new, key)
+        if kind == "vae":
+            key = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{last - int(level[1])}", key)
+        if key in ours:
+            raise LookupError(f"{key} under two names")
+        ours[key] = value
+    return ours
+
+
+def tokenizer_config(state):
+    """The configuration of a KL-VAE or a MaskBit tokenizer with our parameter names.   [VA-VAE] [MAR] [MaskBit]"""
+    widths = [size(state, f"encoder.down.{i}.block.0.conv1.weight") for i in range(max(count(state, "encoder.down."), 1))]
+    config = dict(width=widths[0], mult=[width // widths[0] for width in widths], blocks=count(state, "encoder.down.0.block."))
+    if any(key.startswith("quantize.") for key in state):
+        return config | dict(bits=size(state, "encoder.conv_out.weight"))
+    return config | dict(z=size(state, "post_quant_conv.weight"), attn=count(state, "decoder.up.0.attn.") > 0)
+
+
 def mar_config(state):
     """The configuration of an official MAR, of patch size 1 as all released ones.   [MAR]"""
     D, d_c, N = size(state, "z_proj.weight"), size(state, "z_proj.weight", 1), size(state, "diffusion_pos_embed_learned", 1)
     return dict(N=N, d_c=d_c, d_d=0, classes=size(state, "class_emb.weight"), D=D, depth=count(state, "encoder_blocks."), heads=heads_of(D),
                 K=size(state, "encoder_pos_embed_learned", 1) - N, head_depth=count(state, "diffloss.net.res_blocks."),
                 head_width=size(state, "diffloss.net.input_proj.weight"), dropout=0.1, guidance="none")
+
+
+def mar_meta(config):
+    """What the checkpoint of a run says and an official MAR does not: latents are KL-16's times 0.2325, classes are numbers.   [MAR]"""
+    C, preset = config["d_c"], {768: "base", 1280: "huge"}.get(config["D"], "large")
+    return dict(classes=[str(k) for k in range(config["classes"])], latent_mean=[0.0] * C, latent_std=[1 / 0.2325] * C, data=None, shared=".", files={},
+                sampling=sampling(preset, 14))
 
 
 def prior_config(state):
@@ -322,19 +384,57 @@ def prior_config(state):
                 prenorm="norm_after_transformer.weight" in state, dropout=0.1)
 
 
-# ------------------------------------------------------------------ the table of section 4.1 and 4.2
+def from_official(saved, kind, path, weights="ema"):
+    """The content of an official file -> configuration, state dict with our parameter names.   [MAR] [MaskBit] [VA-VAE]
+
+    The weights lie under "model_ema" (not for weights "raw"), "model", "state_dict" or bare. SystemExit on another family.
+    """
+    wrappers = ("model_ema", "model", "state_dict")[weights == "raw":]
+    inner = next((saved[key] for key in wrappers if isinstance(saved.get(key), dict)), saved)
+    state = {str(key): value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+    found = next((family for family, (_, mark) in OFFICIAL.items() if any(key.startswith(mark) for key in state)), None)
+    if found != kind:
+        found = f"an official {OFFICIAL[found][0]} file" if found else f"no model known here but the keys {', '.join(map(str, list(inner)[:4]))}"
+        raise SystemExit(f"{path}: expected a {kind} checkpoint or an official {OFFICIAL[kind][0]} file, found {found}")
+    try:
+        state = rename(state, kind)
+        return {"prior": prior_config, "mixar": mar_config}.get(kind, tokenizer_config)(state), state
+    except (LookupError, ZeroDivisionError) as error:
+        raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
+
+
+# ------------------------------------------------------------------ the table of sections 4.1 and 4.2
+
+# name: preset, guidance, d_c, other head; the paper's parameters (M) and tokens without class tokens
+SIZES = {"MAR-B": ("base", "none", 16, {}, 208, ""), "MAR-L": ("large", "none", 16, dict(head_depth=8, head_width=1280), 479, ""),
+         "MAR-H": ("huge", "none", 16, {}, 943, ""), "MixAR-B": ("base", "dcmix", 32, {}, 208, ""), "MixAR-L, DC-Mix": ("large", "dcmix", 32, {}, 557, 320),
+         "MixAR-L, DC-SA": ("large", "dcsa", 32, {}, 574, 512), "MixAR-L, DC-CA": ("large", "dcca", 32, {}, 707, 512)}
+
+
+def sized(name):
+    """The model of a row of SIZES at 256 x 256 with 14 bits, on the meta device: shapes without memory."""
+    preset, guidance, d_c, head, _, _ = SIZES[name]
+    with torch.device("meta"):
+        return MAR(256, d_c, 14, 1000, guidance=guidance, **PRESETS[preset]["mar"] | head).eval()
+
+
+@torch.no_grad()
+def forward_flops(model, ratio=0.85):
+    """Floating-point operations, two a multiply-add, for z of one image (without the diffusion head) with this mask ratio."""
+    N = model.N
+    m = torch.arange(N)[None] < math.ceil(N * ratio)                         # on the CPU: its values count
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, N, model.d_c), torch.empty(1, N, model.d_d), m, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool))
+    return counter.get_total_flops()
+
 
 def main():
-    paper = {("base", "none"): "208 (MAR-B)", ("base", "dcmix"): "208 (MixAR-B)", ("large", "dcmix"): "557",
-             ("large", "dcsa"): "574", ("large", "dcca"): "707"}
-    tokens = {"none": 320, "dcmix": 320, "dcsa": 512 + 64, "dcca": 512 + 64}
-    print(f"{'preset':8}{'guidance':10}{'params (M)':>12}{'paper (M)':>16}{'tokens':>9}   (paper: 320 and, without class tokens, 512)")
-    for preset in ("base", "large"):
-        for guidance in GUIDANCES:
-            with torch.device("meta"):
-                model = MAR(256, 32, 14, 1000, guidance=guidance, **PRESETS[preset]["mar"])
-            count = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{preset:8}{guidance:10}{count:12.1f}{paper.get((preset, guidance), ''):>16}{tokens[guidance]:9}")
+    print(f"{'':18}{'params (M)':>11}{'paper (M)':>11}{'tokens':>8}{'paper':>7}{'TFLOPs':>8}")
+    for name, (_, guidance, _, _, millions, tokens) in SIZES.items():
+        model = sized(name)
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:18}{count:11.1f}{millions:11}{model.K + model.N * (1 + (guidance in ('dcsa', 'dcca'))):8}{tokens:7}{forward_flops(model) / 1e12:8.3f}")
+    print("tokens: class, continuous and discrete ones; the paper's 512 leave out the 64 class tokens, its 320 do not. TFLOPs: backbone, one image, mask ratio 0.85")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,6 @@ import tokenizers
 # ------------------------------------------------------------------ checkpoints: ours, and the official files
 
 KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
-OFFICIAL = {"vae": ("KL-16 or VA-VAE", "quant_conv."), "vq": ("MaskBit tokenizer", "quantize."),             # what they are called, and
-            "prior": ("MaskBit generator", "transformer."), "mixar": ("MAR", "diffloss.")}                   # how keys of theirs alone begin
-# parts of official tokenizer names -> ours; first those of the KL-VAE, then MaskBit's
-RENAMED = (("mid.block_1.", "mid.block.0."), ("mid.block_2.", "mid.block.1."), ("mid.attn_1.", "mid.attn.0."), ("downsample.conv.", "resize."),
-           ("upsample.conv.", "resize."), ("res_blocks.", "block."), ("down_conv.", "resize."), ("upsample_conv.", "resize."))
 
 
 def load_checkpoint(path, kind, official=False):
@@ -57,56 +52,6 @@ def load_checkpoint(path, kind, official=False):
     if found != kind:
         raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found}")
     return saved
-
-
-def rename(state, kind):
-    """A tokenizer's official parameter names -> ours; what only VA-VAE's training used is left out.
-
-    The KL-VAE counts its up levels from the full resolution, MaskBit and we in the order they run.
-    """
-    ours, last = {}, backbone.count(state, "decoder.up.") - 1
-    for key, value in state.items():
-        for old, new in RENAMED:
-            key = key.replace(old, new)
-        if kind == "vae":
-            key = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{last - int(level[1])}", key)
-        if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
-            ours[key] = value
-    return ours
-
-
-def tokenizer_config(state, kind):
-    """The configuration of a KL-VAE ("vae") or MaskBit tokenizer ("vq") by the shapes of its parameters (our names)."""
-    size, count = partial(backbone.size, state), partial(backbone.count, state)
-    widths = [size(f"encoder.down.{i}.block.0.conv1.weight") for i in range(max(count("encoder.down."), 1))]
-    config = dict(width=widths[0], mult=[width // widths[0] for width in widths], blocks=count("encoder.down.0.block."))
-    if kind == "vq":
-        return config | dict(bits=size("quantize.codebook", 1))
-    return config | dict(z=size("post_quant_conv.weight"), attn=count("decoder.up.0.attn.") > 0)
-
-
-def from_official(saved, kind, path, weights="ema"):
-    """The content of an official file -> configuration, state dict with our parameter names.   [MAR] [MaskBit] [VA-VAE]
-
-    The weights lie under "model_ema" (not for weights "raw"), "model", "state_dict" or bare. SystemExit on another family.
-    """
-    wrappers = ("model_ema", "model", "state_dict")[weights == "raw":]
-    inner = next((saved[key] for key in wrappers if isinstance(saved.get(key), dict)), saved)
-    state = {str(key): value for key, value in inner.items() if isinstance(value, torch.Tensor)}
-    found = next((family for family, (_, mark) in OFFICIAL.items() if any(key.startswith(mark) for key in state)), None)
-    if found != kind:
-        found = f"an official {OFFICIAL[found][0]} file" if found else f"no model known here but the keys {', '.join(map(str, list(inner)[:4]))}"
-        raise SystemExit(f"{path}: expected a {kind} checkpoint or an official {OFFICIAL[kind][0]} file, found {found}")
-    if kind == "prior":
-        state = {re.sub("^token_emb", "input_proj", key): value for key, value in state.items()}
-    if kind in ("vae", "vq"):
-        state = rename(state, kind)
-    try:
-        if kind in ("vae", "vq"):
-            return tokenizer_config(state, kind), state
-        return (backbone.prior_config if kind == "prior" else backbone.mar_config)(state), state
-    except (LookupError, ZeroDivisionError) as error:
-        raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
 
 
 def load_weights(module, state, path):
@@ -141,8 +86,8 @@ def load_model(path, kind, weights="ema"):
     saved = load_checkpoint(path, kind, official=True)
     if "kind" in saved:
         return build(kind, saved["config"], saved["ema" if weights == "ema" else "model"], path), saved
-    config, state = from_official(saved, kind, path, weights)
-    return build(kind, config, state, path), dict(config=config, step=0, meta={})
+    config, state = backbone.from_official(saved, kind, path, weights)
+    return build(kind, config, state, path), dict(config=config, step=0, meta=backbone.mar_meta(config) if kind == "mixar" else {})
 
 
 # ------------------------------------------------------------------ random numbers and precision
@@ -258,21 +203,39 @@ def to_bytes(x):
     return ((x + 1) * 127.5).clamp(0, 255).round().byte()
 
 
-class System:
-    """Everything `run` (a run folder or its checkpoint) needs to draw pictures. SystemExit if a part is missing or foreign."""
+def same_size(path, **sizes):
+    """SystemExit unless both of every pair are equal."""
+    for what, (found, expected) in sizes.items():
+        if found != expected:
+            raise SystemExit(f"{path}: {found} {what}, expected the {expected} of what it goes with")
 
-    def __init__(self, run, device="cpu", weights="ema", model=None):
+
+class System:
+    """Everything `run` (a run folder, its checkpoint or an official MAR file) needs to draw pictures.
+
+    vae, vq, prior: files instead of those the run names; an official MAR names none and needs only a vae.
+    SystemExit if a part is missing or foreign.
+    """
+
+    def __init__(self, run, device="cpu", weights="ema", model=None, **given):
         path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
         loaded, checkpoint = load_model(path, "mixar", weights)
         self.model = loaded if model is None else model
         self.meta, self.device, self.step = checkpoint["meta"], torch.device(device), checkpoint["step"]
         self.shared = path.parent / self.meta["shared"]
-        self.vae, self.vq, self.prior = (load_model(self.shared / kind, kind)[0] for kind in ("vae", "vq", "prior"))
-        found = [tokenizers.fingerprint(self.vae), tokenizers.fingerprint(self.vq)]
-        if found != self.meta["tokenizers"]:
-            raise SystemExit(f"{path} was trained with the tokenizers {self.meta['tokenizers']}, but {self.shared} holds {found}")
-        for model in (self.model, self.vae, self.vq, self.prior):
-            model.to(self.device)
+        for kind in ("vae", "vq", "prior"):
+            file, expected = self.meta["files"].get(kind, (None, None))
+            source = given.get(kind) or file and path.parent / file
+            part = source and load_model(source, kind)[0].to(self.device)
+            if expected and not (kind == "prior" and given.get(kind)) and tokenizers.fingerprint(part) != expected:
+                raise SystemExit(f"{path} was trained with the {kind} {expected}, but {source} holds {tokenizers.fingerprint(part)}")
+            setattr(self, kind, part)
+        if not self.vae:
+            raise SystemExit(f"{path} is an official MAR file and names no VAE; add --vae FILE with KL-16")
+        same_size(path, channels=(self.model.d_c, self.vae.post_quant_conv.in_channels))
+        if self.prior and self.vq:
+            same_size(path, tokens=(self.model.N, self.prior.N), bits=(self.vq.quantize.codebook.shape[1], self.prior.bits))
+        self.model.to(self.device)
         self.size = math.isqrt(self.model.N) << len(self.vae.encoder.down) - 1                   # side of the pictures
         self.mean, self.std = (torch.tensor(self.meta[k], device=self.device) for k in ("latent_mean", "latent_std"))
 
@@ -282,7 +245,9 @@ class System:
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
     def draw_discrete(self, seed, indices, y, settings):
-        """X_d of the images `indices` with classes y (B,) -> bits (B, N, d_d)."""
+        """X_d of the images `indices` with classes y (B,) -> bits (B, N, d_d), or None without a prior."""
+        if not self.prior:
+            return None
         draws, shape = Draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
         return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, draws.uniform(*shape)), lambda: draws.gumbel(*shape),
                             settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
@@ -297,7 +262,9 @@ class System:
 
     @torch.no_grad()
     def decode_discrete(self, x_d):
-        """bits (B, N, d_d) -> uint8 (B, 3, H, W)."""
+        """bits (B, N, d_d) -> uint8 (B, 3, H, W). SystemExit without bits or bit tokenizer."""
+        if x_d is None or not self.vq:
+            raise SystemExit("pictures of discrete tokens need --vq FILE and --prior FILE beside an official MAR")
         return to_bytes(self.vq.decode(self.grid(x_d)) * 2 - 1)
 
     @torch.no_grad()
@@ -334,9 +301,9 @@ def draw_figures(system, folder, step, seed, amp, rows=8, columns=10):
 def fill_in(path, system, settings, y, seed, columns=10):
     """An animated gif of Eq. (9)'s mixed sequence: decoded discrete patches give way to continuous ones, AR step by AR step."""
     indices, masks = np.arange(len(y)), [torch.ones(len(y), system.model.N, dtype=torch.bool, device=system.device)]
-    x_d = system.draw_discrete(seed, indices, y, settings)
-    x_c = system.draw_continuous(seed, indices, y, x_d, settings, on_step=masks.append)
-    discrete, mixed, frames = system.decode_discrete(x_d), system.decode_continuous(x_c), []
+    x_d = system.draw_discrete(seed, indices, y, settings) if system.model.guidance != "none" else None
+    mixed, frames = system.decode_continuous(system.draw_continuous(seed, indices, y, x_d, settings, on_step=masks.append)), []
+    discrete = torch.full_like(mixed, 128) if x_d is None else system.decode_discrete(x_d)                                # plain MAR's are hidden
     for m in masks:
         patch = system.grid(m[..., None].float())                            # (B, 1, h, w), 1 = still discrete
         picture = torch.where(torch.nn.functional.interpolate(patch, mixed.shape[2:]) > 0, discrete, mixed)
@@ -363,8 +330,10 @@ def draw_pngs(system, folder, labels, settings, args, rank, ranks):
         indices, start = todo[k:k + args.batch_size], time.time()
         y = torch.tensor([labels[i] for i in indices], device=system.device)
         with autocast(args.amp, system.device):
-            x_d = system.draw_discrete(args.seed, indices, y, settings)
-            prior_seconds += time.time() - start
+            x_d = None
+            if args.decode == "discrete" or system.model.guidance != "none":                     # plain MAR does without X_d
+                x_d = system.draw_discrete(args.seed, indices, y, settings)
+                prior_seconds += time.time() - start
             if args.decode == "discrete":
                 pictures = system.decode_discrete(x_d)
             else:
@@ -391,7 +360,9 @@ def gather(folder, count, out, columns):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("run", help="a run folder such as runs/shapes-dcmix, or its checkpoint")
+    p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
+    for kind, text in (("vae", "KL-16 for an official MAR"), ("vq", "bit tokenizer, for --decode discrete"), ("prior", "another prior, ours or MaskBit's")):
+        p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
     p.add_argument("--count", type=int, default=80, help="number of images")
@@ -414,7 +385,8 @@ def main(argv=None):
     args = parse(argv)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    system = System(args.run, device, args.weights)
+    given = {kind: getattr(args, kind) for kind in ("vae", "vq", "prior")}
+    system = System(args.run, device, args.weights, **given)
     settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
     chosen = wanted_classes(args.classes, system.meta["classes"])
     labels = [chosen[i % len(chosen)] for i in range(args.count)]
@@ -426,7 +398,7 @@ def main(argv=None):
         print(out)
         return
     folder = out.with_name(out.name + ".parts") if out.suffix in (".png", ".npz") else out
-    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **settings)
+    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **given, **settings)
     note = folder / "settings.json"
     if note.is_file() and json.loads(note.read_text()) != made_from:
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import backbone
 import sample
 
 FOLDER = Path(__file__).resolve().parent / "golden_data"
@@ -75,7 +76,7 @@ def official(name, probe=None, folder="tiny_layouts"):
 
 def model(kind, name, probe=None):
     """The tiny official model of that layout, through the program's own recognition and renaming."""
-    return sample.build(kind, *sample.from_official(official(name, probe), kind, name), name)
+    return sample.build(kind, *backbone.from_official(official(name, probe), kind, name), name)
 
 
 def fill(module, prefix="", probe=None):
