@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,15 +34,16 @@ import mixing
 import sample
 import tokenizers
 
-# Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
+# Length, batch, rates of each model; a warm-up below 1 is a share of the length.
+# tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
+LARGE = dict(mixar=dict(epochs=400, batch=2048, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
 RECIPES = {
     "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  prior=dict(steps=1200, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
                  mixar=dict(steps=1200, batch=32, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+    "base": LARGE, "large": LARGE, "huge": LARGE,
 }
-SAMPLING = {"tiny": dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=0.9, bound=5.0,
-                         prior_steps=24, prior_cfg=3.0, prior_power=1.0, prior_temperature=1.5)}
 CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
 
 
@@ -116,11 +118,12 @@ def mean_over_ranks(q):
 
 
 class Draw:
-    """The random numbers of one step for the global batch, a function of (seed, step); each rank keeps its rows."""
+    """The random numbers of one step for the global batch, a function of (seed, step); each part of each rank's share keeps its rows."""
 
-    def __init__(self, seed, step, B, device):
+    def __init__(self, seed, step, B, device, part=0, parts=1):
         rank, ranks = world()
-        self.B, self.device, self.rows = B, device, slice(rank * B // ranks, (rank + 1) * B // ranks)
+        k, of = rank * parts + part, ranks * parts
+        self.B, self.device, self.rows = B, device, slice(k * B // of, (k + 1) * B // of)
         self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)
 
     def shared(self, f, *shape):
@@ -164,7 +167,8 @@ def make_optimizer(model, recipe):
 
 def learning_rate(recipe, step):
     """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
-    rate = recipe["lr"] * min(1, (step + 1) / max(recipe["warmup"], 1))
+    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
     return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
 
 
@@ -226,15 +230,23 @@ def restore(path, init, kind, settings, model, ema, optimizer, scaler):
     return saved["step"], saved["ema_start"]
 
 
-def update(args, ddp, model, optimizer, scaler, batch, draw, step):
-    """One step of the optimiser, left out where loss or gradient is not finite -> loss over all ranks, gradient norm, whether taken."""
-    with sample.autocast(args.amp, draw.device):
-        loss = ddp(batch, draw, step)
+def update(args, ddp, model, optimizer, scaler, parts, step):
+    """One step of the optimiser on the mean over `parts`, a list of (batch, draw), left out where loss or gradient is not finite.
+
+    Several parts have the gradient of the undivided batch (--accumulate). -> loss over all ranks, gradient norm, whether taken.
+    """
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    total = torch.zeros((), device=parts[0][1].device)
+    for batch, draw in parts:
+        waits = batch is not parts[-1][0] and isinstance(ddp, DistributedDataParallel)           # ranks talk once a step
+        with ddp.no_sync() if waits else nullcontext():
+            with sample.autocast(args.amp, draw.device):
+                loss = ddp(batch, draw, step) / len(parts)
+            scaler.scale(loss).backward()
+        total += loss.detach()
     scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-    loss = float(mean_over_ranks(loss.detach()))
+    loss = float(mean_over_ranks(total))
     taken = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())         # fp16's scaler leaves out overflows itself
     if taken:
         scaler.step(optimizer)
@@ -249,8 +261,9 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
     other settings, on 5 non-finite losses in a row, after SIGTERM.
     """
     (rank, ranks), device, B, steps = world(), torch.device(args.device), recipe["batch"], recipe["steps"]
-    if B % ranks:
-        raise SystemExit(f"--batch-size {B} is not a multiple of the {ranks} processes")
+    parts = 1 if kind == "vq" else args.accumulate                           # vq's entropy is not a mean over images
+    if B % (ranks * parts):
+        raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
     path, model, bad, stop = folder / "last.pt", model.to(device), 0, []
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -270,13 +283,12 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
     log = Log(folder, step, B, args.tensorboard) if rank == 0 else None
     bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, disable=rank > 0, mininterval=1)
     while step < steps:
-        draw = Draw(args.seed, step, B, device)
-        rows = batch_rows(n, B, args.seed, step)[draw.rows]
         torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)      # dropout only
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        batch = tuple(a.to(device) for a in get_batch(rows, draw))
-        value, norm, taken = update(args, ddp, model, optimizer, scaler, batch, draw, step)
+        rows, draws = batch_rows(n, B, args.seed, step), [Draw(args.seed, step, B, device, part, parts) for part in range(parts)]
+        batches = [(tuple(a.to(device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
+        value, norm, taken = update(args, ddp, model, optimizer, scaler, batches, step)
         bad = 0 if taken else bad + 1
         if bad == 5:
             raise SystemExit(f"{kind}: the loss was not finite ({value}) in 5 steps running, at step {step}; none of them was kept. "
@@ -306,13 +318,18 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
 
 # ------------------------------------------------------------------ the stages
 
-def done(folder, kind):
-    """Whether folder/last.pt holds a finished model of this kind."""
-    path = folder / "last.pt"
-    if not path.is_file():
-        return False
+def file_of(args, shared, kind):
+    """Where the "vae", "vq" or "prior" lies: the file given for it, or the folder its stage writes."""
+    return Path(getattr(args, kind) or shared / kind)
+
+
+def done(args, shared, kind):
+    """Whether this model is given, or its stage has finished."""
+    path = shared / kind / "last.pt"
+    if getattr(args, kind) or not path.is_file():
+        return bool(getattr(args, kind))
     saved = sample.load_checkpoint(path, kind)
-    return saved["step"] >= saved["args"][f"{kind}_steps" if kind != "mixar" else "steps"]
+    return saved["step"] >= saved["args"][f"{kind}_steps"]
 
 
 def train_tokenizer(args, shared, kind, images):
@@ -361,24 +378,30 @@ def train_prior(args, shared, images, tokens):
 
 def train_mixar(args, shared, run, images, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
-    N, d_c = tokens.indices[0, 0].size, len(tokens.mean)
-    config = dict(N=N, d_c=d_c, d_d=tokens.meta["bits"], classes=len(images.classes), guidance=args.guidance, mix_at=args.mix_at)
-    config |= backbone.PRESETS[args.preset]["mar"]
+    N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(images.classes), args.recipe["mixar"]
+    config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
+    args.steps = recipe["steps"] = args.steps or max(round(args.epochs * (len(images.labels) // recipe["batch"])), 1)
     torch.manual_seed(args.seed)
     try:
         model = backbone.MAR(**config)
     except ValueError as error:                                              # more bits than channels
         raise SystemExit(str(error)) from None
-    prior = sample.load_model(shared / "prior", "prior")[0].to(args.device) if args.ti_mix else None
-    meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, tokenizers=[tokens.meta["vae"], tokens.meta["vq"]],
-                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=SAMPLING[args.preset])
+    model.recompute = args.checkpoint_activations
+    files, prior = {kind: file_of(args, shared, kind) for kind in ("vae", "vq", "prior")}, None
+    if args.ti_mix or args.prior:
+        prior = sample.load_model(files["prior"], "prior")[0]
+        sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
+    marks = dict(vae=tokens.meta["vae"], vq=tokens.meta["vq"], prior=tokenizers.fingerprint(prior) if args.prior else None)
+    meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
+                files={kind: (os.path.abspath(path) if getattr(args, kind) else os.path.relpath(path, run), marks[kind]) for kind, path in files.items()},
+                data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=backbone.sampling(args.preset, bits))
 
     def preview(ema, step):
         system = sample.System(run, args.device, model=ema)
         sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
 
-    fit(args, run, "mixar", model, config, partial(mixar_loss, prior=prior, args=args), len(images.labels),
-        token_batches(tokens, images.labels), args.recipe["mixar"], meta, preview, init=args.init)
+    loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
+    fit(args, run, "mixar", model, config, loss, len(images.labels), token_batches(tokens, images.labels), recipe, meta, preview, init=args.init)
 
 
 def parse(argv=None):
@@ -392,13 +415,16 @@ def parse(argv=None):
     g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see python backbone.py")
     g.add_argument("--images", type=int, help="use at most this many pictures")
+    for kind, official in (("vae", "VA-VAE or KL-16"), ("vq", "a MaskBit tokenizer"), ("prior", "a MaskBit generator")):
+        g.add_argument(f"--{kind}", metavar="FILE", help=f"{official}, or a checkpoint of ours, instead of training stage {kind}")
     g = p.add_argument_group("length and rate (unset: the preset's recipe)")
     for kind in ("vae", "vq", "prior"):
         g.add_argument(f"--{kind}-steps", type=int, help=f"steps of stage {kind}")
     g.add_argument("--steps", type=int, help="steps of stage mixar")
+    g.add_argument("--epochs", type=float, help="its length in passes over the pictures instead [paper: 400, Fig. 8]")
     g.add_argument("--batch-size", type=int, help="global batch of every stage, whatever the number of processes")
     g.add_argument("--lr", type=float, help="learning rate of stage mixar, constant after the warm-up [MAR]")
-    g.add_argument("--warmup", type=int, help="warm-up steps of stage mixar [MAR]")
+    g.add_argument("--warmup", type=float, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
     g.add_argument("--weight-decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
     g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
@@ -412,18 +438,32 @@ def parse(argv=None):
     g.add_argument("--seed", type=int, default=0, help="start values, data order, masks and noise")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
-    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=500, help="steps between pictures, 0 for only at the end")
+    g.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
+    g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
+    g.add_argument("--save-every", type=int, help="steps between checkpoints (unset: 200, in larger presets 2000)")
+    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 500, in larger presets 20000)")
     g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     args = p.parse_args(argv)
     args.recipe = copy.deepcopy(RECIPES[args.preset])
+    missing = [f"--{kind} FILE" for kind in ("vae", "vq", "prior") if kind not in args.recipe and not getattr(args, kind)]
+    if missing:
+        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give {', '.join(missing)}, official files or checkpoints of ours")
+    if getattr(args, args.stage, None) or args.steps and args.epochs:
+        raise SystemExit(f"--steps and --epochs both set the length: give one" if args.steps and args.epochs else f"--stage {args.stage} trains what --{args.stage} replaces: give one")
     for kind, recipe in args.recipe.items():
-        recipe["steps"] = getattr(args, "steps" if kind == "mixar" else f"{kind}_steps") or recipe["steps"]
-        setattr(args, "steps" if kind == "mixar" else f"{kind}_steps", recipe["steps"])
         recipe["batch"] = args.batch_size or recipe["batch"]
+        recipe["lr"] *= recipe["batch"] / recipe.get("per", recipe["batch"])
+        if kind != "mixar":
+            recipe["steps"] = getattr(args, f"{kind}_steps") or recipe["steps"]
+            setattr(args, f"{kind}_steps", recipe["steps"])
+    mixar = args.recipe["mixar"]
+    args.epochs = args.epochs or mixar.get("epochs")
+    args.steps = args.steps or (None if args.epochs else mixar["steps"])
     for name, flag in (("lr", args.lr), ("warmup", args.warmup), ("decay", args.weight_decay)):
-        args.recipe["mixar"][name] = args.recipe["mixar"][name] if flag is None else flag
+        mixar[name] = mixar[name] if flag is None else flag
+    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 500, 20000)):
+        setattr(args, name, (tiny if args.preset == "tiny" else large) if getattr(args, name) is None else getattr(args, name))
     return args
 
 
@@ -448,17 +488,18 @@ def main(argv=None):
             images = tokenizers.Images(shared / "images", args.data, "train", size, args.images)
         barrier()
     for kind in ("vae", "vq"):
-        if args.stage == kind or wants(kind) and not done(shared / kind, kind):
+        if args.stage == kind or wants(kind) and not done(args, shared, kind):
             train_tokenizer(args, shared, kind, images)
     if args.stage in ("vae", "vq"):
         return
-    vae, vq = (sample.load_model(shared / kind, kind)[0].to(args.device) for kind in ("vae", "vq"))
+    vae, vq = (sample.load_model(file_of(args, shared, kind), kind)[0].to(args.device) for kind in ("vae", "vq"))
+    sample.same_size(file_of(args, shared, "vq"), levels=(len(vq.encoder.down), len(vae.encoder.down)))
     if rank == 0 and wants("cache") and not (shared / "tokens" / "meta.json").is_file():
         with sample.autocast(args.amp, torch.device(args.device)):
             tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
     barrier()
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
-    if args.stage == "prior" or wants("prior") and not done(shared / "prior", "prior"):
+    if args.stage == "prior" or wants("prior") and not done(args, shared, "prior"):
         train_prior(args, shared, images, tokens)
     if wants("mixar"):
         train_mixar(args, shared, run, images, tokens)

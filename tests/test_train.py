@@ -273,5 +273,5 @@ def test_foreign_tokenizers_are_refused(runs, tmp_path):
     saved = torch.load(path, weights_only=True)
     saved["ema"]["decoder.conv_out.bias"] += 1
     torch.save(saved, path)
-    with pytest.raises(SystemExit, match="was trained with the tokenizers"):
+    with pytest.raises(SystemExit, match="was trained with the vq"):
         sample.main([str(tmp_path / "runs" / "shapes-dcmix")])
