@@ -32,6 +32,7 @@ import backbone
 import mixing
 import sample
 import tokenizers
+from tokenizers import barrier, world
 
 # Steps, batch, rates of each model.  tiny [ours]; base, large, huge: mixar [MAR], prior [MaskBit], vae and vq come as files.
 RECIPES = {
@@ -96,15 +97,6 @@ def vq_loss(model, batch, draw, step):
 
 
 # ------------------------------------------------------------------ processes, data order, random numbers
-
-def world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
 
 def mean_over_ranks(q):
     """The value is the mean over ranks; the gradient flows through this rank's own q, which DDP then averages."""
@@ -326,7 +318,7 @@ def train_tokenizer(args, shared, kind, images):
         nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
 
     def get_batch(rows, draw):
-        x = torch.tensor(images.pixels[rows]).float() / 255
+        x = torch.tensor(images[rows]).float() / 255
         if images.mirror:
             flip = draw(torch.rand).cpu() < 0.5
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -334,35 +326,34 @@ def train_tokenizer(args, shared, kind, images):
 
     @torch.no_grad()
     def preview(ema, step):
-        x = torch.tensor(images.pixels[:10]).to(args.device).float() / 255
+        x = torch.tensor(images[np.arange(min(10, images.n))]).to(args.device).float() / 255
         y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
-        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", 10)
+        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
     loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, shared / kind, kind, model, config, loss, len(images.labels), get_batch, args.recipe[kind], {}, preview)
+    fit(args, shared / kind, kind, model, config, loss, images.n, get_batch, args.recipe[kind], {}, preview)
 
 
-def token_batches(tokens, labels):
+def token_batches(tokens):
     """get_batch for the prior and MixAR: cached tokens, a random one of picture and mirror image."""
     def get_batch(rows, draw):
-        flip = (draw(torch.rand) * tokens.F).long().cpu().numpy()
-        return (*tokens[flip, rows], torch.tensor(labels[rows]))
+        return (*tokens[rows, draw(torch.rand).cpu().numpy()], torch.tensor(tokens.labels[rows]))
     return get_batch
 
 
-def train_prior(args, shared, images, tokens):
+def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
-    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(images.classes)) | backbone.PRESETS[args.preset]["prior"]
+    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
     torch.manual_seed(args.seed)
     model = backbone.MaskBitPrior(**config)
-    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), len(images.labels),
-        token_batches(tokens, images.labels), args.recipe["prior"], {}, None)
+    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), tokens.n,
+        token_batches(tokens), args.recipe["prior"], {}, None)
 
 
-def train_mixar(args, shared, run, images, tokens):
+def train_mixar(args, shared, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
     N, d_c = tokens.indices[0, 0].size, len(tokens.mean)
-    config = dict(N=N, d_c=d_c, d_d=tokens.meta["bits"], classes=len(images.classes), guidance=args.guidance, mix_at=args.mix_at)
+    config = dict(N=N, d_c=d_c, d_d=tokens.meta["bits"], classes=len(tokens.classes), guidance=args.guidance, mix_at=args.mix_at)
     config |= backbone.PRESETS[args.preset]["mar"]
     torch.manual_seed(args.seed)
     try:
@@ -370,15 +361,15 @@ def train_mixar(args, shared, run, images, tokens):
     except ValueError as error:                                              # more bits than channels
         raise SystemExit(str(error)) from None
     prior = sample.load_model(shared / "prior", "prior")[0].to(args.device) if args.ti_mix else None
-    meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, tokenizers=[tokens.meta["vae"], tokens.meta["vq"]],
-                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=SAMPLING[args.preset])
+    meta = dict(shared=os.path.relpath(shared, run), classes=tokens.classes, tokenizers=tokens.made_by,
+                latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"], data=tokens.meta["made_from"]["data"], sampling=SAMPLING[args.preset])
 
     def preview(ema, step):
         system = sample.System(run, args.device, model=ema)
         sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
 
-    fit(args, run, "mixar", model, config, partial(mixar_loss, prior=prior, args=args), len(images.labels),
-        token_batches(tokens, images.labels), args.recipe["mixar"], meta, preview, init=args.init)
+    fit(args, run, "mixar", model, config, partial(mixar_loss, prior=prior, args=args), tokens.n,
+        token_batches(tokens), args.recipe["mixar"], meta, preview, init=args.init)
 
 
 def parse(argv=None):
@@ -441,27 +432,27 @@ def main(argv=None):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out) if args.out else Path(args.runs) / f"{data}-{args.guidance}{'-ti' if args.ti_mix else ''}"
-    wants = lambda stage: args.stage in ("all", stage)
-    size = backbone.PRESETS[args.preset]["size"]
-    for turn in (rank == 0, rank > 0):                                       # rank 0 decodes the pictures, the others then read them
-        if turn:
-            images = tokenizers.Images(shared / "images", args.data, "train", size, args.images)
-        barrier()
+    wants, size = lambda stage: args.stage in ("all", stage), backbone.PRESETS[args.preset]["size"]
+    if args.stage in ("all", "vae", "vq", "cache"):
+        source = tokenizers.open_source(args.data, "train", size, args.images)
+    elif not shared.is_dir():
+        raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
     for kind in ("vae", "vq"):
         if args.stage == kind or wants(kind) and not done(shared / kind, kind):
-            train_tokenizer(args, shared, kind, images)
+            train_tokenizer(args, shared, kind, tokenizers.Images(shared / "images", source))
     if args.stage in ("vae", "vq"):
         return
     vae, vq = (sample.load_model(shared / kind, kind)[0].to(args.device) for kind in ("vae", "vq"))
-    if rank == 0 and wants("cache") and not (shared / "tokens" / "meta.json").is_file():
+    if wants("cache"):
         with sample.autocast(args.amp, torch.device(args.device)):
-            tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
-    barrier()
+            tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+    if args.stage == "cache":
+        return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
     if args.stage == "prior" or wants("prior") and not done(shared / "prior", "prior"):
-        train_prior(args, shared, images, tokens)
+        train_prior(args, shared, tokens)
     if wants("mixar"):
-        train_mixar(args, shared, run, images, tokens)
+        train_mixar(args, shared, run, tokens)
         if rank == 0:
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
     if dist.is_initialized():
