@@ -285,6 +285,43 @@ def masked_loss(logits, codes):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
 
 
+# ------------------------------------------------------------------ the architecture of an official file, by its shapes
+
+def count(state, prefix):
+    """How many numbered modules lie under `prefix`."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def size(state, key, axis=0):
+    """The length of one axis of a parameter. LookupError naming a missing or mis-shaped one."""
+    if key not in state:
+        raise LookupError(f"missing {key}")
+    if state[key].dim() <= axis:
+        raise LookupError(f"{key} is {tuple(state[key].shape)}, expected more axes")
+    return state[key].shape[axis]
+
+
+def heads_of(D):
+    """The heads, which no shape tells: 64 features each, at most 16 heads [MAR] [MaskBit], at least 4 [ours].   768 -> 12, 1024 and 1280 -> 16"""
+    return max(4, min(16, D // 64))
+
+
+def mar_config(state):
+    """The configuration of an official MAR, of patch size 1 as all released ones.   [MAR]"""
+    D, d_c, N = size(state, "z_proj.weight"), size(state, "z_proj.weight", 1), size(state, "diffusion_pos_embed_learned", 1)
+    return dict(N=N, d_c=d_c, d_d=0, classes=size(state, "class_emb.weight"), D=D, depth=count(state, "encoder_blocks."), heads=heads_of(D),
+                K=size(state, "encoder_pos_embed_learned", 1) - N, head_depth=count(state, "diffloss.net.res_blocks."),
+                head_width=size(state, "diffloss.net.input_proj.weight"), dropout=0.1, guidance="none")
+
+
+def prior_config(state):
+    """The configuration of an official MaskBit generator.   [MaskBit]"""
+    D, bits = size(state, "input_proj.weight"), size(state, "input_proj.weight", 1)
+    return dict(N=size(state, "pos_emb", 1) - 1, bits=bits, splits=bits // size(state, "bits_to_indices"), classes=size(state, "class_emb.weight") - 1, D=D,
+                depth=count(state, "transformer.layers."), heads=heads_of(D), mlp=size(state, "transformer.layers.0.1.net.0.weight"),
+                prenorm="norm_after_transformer.weight" in state, dropout=0.1)
+
+
 # ------------------------------------------------------------------ the table of section 4.1 and 4.2
 
 def main():

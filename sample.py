@@ -13,10 +13,12 @@ import argparse
 import json
 import math
 import os
-import pickle
+import re
 import shutil
 import time
+import zipfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,49 +30,119 @@ import backbone
 import mixing
 import tokenizers
 
-# ------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------ checkpoints: ours, and the official files
 
 KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
+OFFICIAL = {"vae": ("KL-16 or VA-VAE", "quant_conv."), "vq": ("MaskBit tokenizer", "quantize."),             # what they are called, and
+            "prior": ("MaskBit generator", "transformer."), "mixar": ("MAR", "diffloss.")}                   # how keys of theirs alone begin
+# parts of official tokenizer names -> ours; first those of the KL-VAE, then MaskBit's
+RENAMED = (("mid.block_1.", "mid.block.0."), ("mid.block_2.", "mid.block.1."), ("mid.attn_1.", "mid.attn.0."), ("downsample.conv.", "resize."),
+           ("upsample.conv.", "resize."), ("res_blocks.", "block."), ("down_conv.", "resize."), ("upsample_conv.", "resize."))
 
 
-def load_checkpoint(path, kind):
-    """The dict saved under `path` by train.py or fid.py, read without running any code in it.
+def load_checkpoint(path, kind, official=False):
+    """The dict in `path`, saved by train.py or fid.py, or with `official` by others; read without running any code in it.
 
     kind "vae", "vq", "prior", "mixar" or "classifier". SystemExit with one line on any other file.
     """
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's files hold their flags
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:                                               # a damaged file can fail in any way
         unsafe = "it would run code when loaded" if "unsupported global" in str(error).lower() else "it is truncated or no PyTorch file"
         raise SystemExit(f"{path}: expected a {kind} checkpoint, but {unsafe}; it was not loaded") from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    found = saved.get("kind", kind if official else "a dict without kind") if isinstance(saved, dict) else type(saved).__name__
     if found != kind:
-        raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found or 'a dict without kind'}")
-    return checkpoint
+        raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found}")
+    return saved
+
+
+def rename(state, kind):
+    """A tokenizer's official parameter names -> ours; what only VA-VAE's training used is left out.
+
+    The KL-VAE counts its up levels from the full resolution, MaskBit and we in the order they run.
+    """
+    ours, last = {}, backbone.count(state, "decoder.up.") - 1
+    for key, value in state.items():
+        for old, new in RENAMED:
+            key = key.replace(old, new)
+        if kind == "vae":
+            key = re.sub(r"^decoder\.up\.(\d+)", lambda level: f"decoder.up.{last - int(level[1])}", key)
+        if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
+            ours[key] = value
+    return ours
+
+
+def tokenizer_config(state, kind):
+    """The configuration of a KL-VAE ("vae") or MaskBit tokenizer ("vq") by the shapes of its parameters (our names)."""
+    size, count = partial(backbone.size, state), partial(backbone.count, state)
+    widths = [size(f"encoder.down.{i}.block.0.conv1.weight") for i in range(max(count("encoder.down."), 1))]
+    config = dict(width=widths[0], mult=[width // widths[0] for width in widths], blocks=count("encoder.down.0.block."))
+    if kind == "vq":
+        return config | dict(bits=size("quantize.codebook", 1))
+    return config | dict(z=size("post_quant_conv.weight"), attn=count("decoder.up.0.attn.") > 0)
+
+
+def from_official(saved, kind, path, weights="ema"):
+    """The content of an official file -> configuration, state dict with our parameter names.   [MAR] [MaskBit] [VA-VAE]
+
+    The weights lie under "model_ema" (not for weights "raw"), "model", "state_dict" or bare. SystemExit on another family.
+    """
+    wrappers = ("model_ema", "model", "state_dict")[weights == "raw":]
+    inner = next((saved[key] for key in wrappers if isinstance(saved.get(key), dict)), saved)
+    state = {str(key): value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+    found = next((family for family, (_, mark) in OFFICIAL.items() if any(key.startswith(mark) for key in state)), None)
+    if found != kind:
+        found = f"an official {OFFICIAL[found][0]} file" if found else f"no model known here but the keys {', '.join(map(str, list(inner)[:4]))}"
+        raise SystemExit(f"{path}: expected a {kind} checkpoint or an official {OFFICIAL[kind][0]} file, found {found}")
+    if kind == "prior":
+        state = {re.sub("^token_emb", "input_proj", key): value for key, value in state.items()}
+    if kind in ("vae", "vq"):
+        state = rename(state, kind)
+    try:
+        if kind in ("vae", "vq"):
+            return tokenizer_config(state, kind), state
+        return (backbone.prior_config if kind == "prior" else backbone.mar_config)(state), state
+    except (LookupError, ZeroDivisionError) as error:
+        raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
 
 
 def load_weights(module, state, path):
-    """Strict load: SystemExit naming every missing, unexpected or mis-shaped key."""
+    """Strict load: SystemExit naming every missing, unexpected or mis-shaped key. A module on the meta device gets its memory here."""
     own = module.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
     if wrong:
         raise SystemExit(f"{path}: does not fit the model: " + "; ".join(wrong))
+    if any(value.is_meta for value in own.values()):
+        module.to_empty(device="cpu")
     module.load_state_dict(state)
 
 
+def build(kind, config, state, path):
+    """The model of this configuration with these weights, ready for inference. SystemExit where they do not fit."""
+    try:
+        with torch.device("meta"):                                           # no time lost on start values
+            model = KINDS[kind](**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"{path}: there is no {kind} of the configuration {config}: {error}") from None
+    load_weights(model, state, path)
+    return model.eval().requires_grad_(False)
+
+
 def load_model(path, kind, weights="ema"):
-    """The model saved at `path` (a checkpoint, or a folder with last.pt), ready for inference, and its checkpoint dict.
+    """The model saved at `path` (a checkpoint, a folder with last.pt, or an official file), ready for inference, and its checkpoint dict.
 
     weights "ema" or "raw". SystemExit with one line where it cannot be loaded.
     """
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    checkpoint = load_checkpoint(path, kind)
-    model = KINDS[kind](**checkpoint["config"])
-    load_weights(model, checkpoint["ema" if weights == "ema" else "model"], path)
-    return model.eval().requires_grad_(False), checkpoint
+    saved = load_checkpoint(path, kind, official=True)
+    if "kind" in saved:
+        return build(kind, saved["config"], saved["ema" if weights == "ema" else "model"], path), saved
+    config, state = from_official(saved, kind, path, weights)
+    return build(kind, config, state, path), dict(config=config, step=0, meta={})
 
 
 # ------------------------------------------------------------------ random numbers and precision

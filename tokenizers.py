@@ -1,8 +1,8 @@
 """Eq. (7): x_c = VAE(I), x_d = VQVAE(I); the images I themselves and the cache of their tokens.
 
 `KLVAE` is the continuous tokenizer (VA-VAE, KL-16), `BitVQ` the discrete one (MaskBit's lookup-free
-bit tokens), both with the official parameter names. Images come from the embedded set `shapes`, from
-class folders or from MNIST-family files. `Tokens` is the cache the training reads.
+bit tokens), both of the same parts; sample.py gives official files our parameter names. Images come from
+the embedded set `shapes`, from class folders or from MNIST-family files. `Tokens` is the cache the training reads.
 
 Reads files, feeds mixing.py, train.py, sample.py and fid.py. Read mixing.py next.
 Try: python train.py --stage vae        (and look at runs/shapes/vae/reconstructions.png)
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.nn.functional import conv2d, interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from torch.nn.functional import pad as zero_pad
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------ parts of both autoencoders
+# ------------------------------------------------------------------ both autoencoders
 
 
 def norm(channels):
@@ -98,19 +98,6 @@ class ResBlock(nn.Module):
         return u + x
 
 
-def same_stride2(conv, x):
-    """3x3 convolution of stride 2 with TensorFlow's SAME padding: even sizes pad only right and bottom."""
-    (h, w) = x.shape[-2:]
-    return conv2d(zero_pad(x, (w % 2, 1, h % 2, 1)), conv.weight, conv.bias, stride=2)
-
-
-def upsample(conv, x):
-    return conv(interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-# ------------------------------------------------------------------ x_c: the KL-VAE (VA-VAE, KL-16)
-
-
 class AttnBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -124,69 +111,73 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y)
 
 
-class KLLevel(nn.Module):
-    """One resolution: residual blocks, each followed by attention if `attn`."""
+class Halve(nn.Conv2d):
+    """Stride 2; zeros right and bottom only, and with MaskBit (TensorFlow's SAME) on both sides of an odd size."""
 
-    def __init__(self, c_in, c_out, blocks, attn):
+    def __init__(self, c, maskbit):
+        super().__init__(c, c, 3, stride=2)
+        self.maskbit = maskbit
+
+    def forward(self, x):
+        top, left = (side % 2 * self.maskbit for side in x.shape[-2:])
+        return super().forward(zero_pad(x, (left, 1, top, 1)))
+
+
+class Double(nn.Conv2d):
+    def __init__(self, c, maskbit):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, the first `attn` of them followed by attention, then Halve, Double or nothing."""
+
+    def __init__(self, c_in, c_out, blocks, attn, maskbit, resize=None):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, maskbit=False) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks * attn))
+        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, maskbit) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(attn))
+        self.resize = resize(c_out, maskbit) if resize else nn.Identity()
 
     def forward(self, x):
         for j, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[j](x)
-        return x
+            x = self.attn[j](block(x)) if j < len(self.attn) else block(x)
+        return self.resize(x)
 
 
-def kl_middle(c):
-    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, maskbit=False), attn_1=AttnBlock(c), block_2=ResBlock(c, c, maskbit=False)))
+class Encoder(nn.Sequential):
+    """Pictures (B, 3, H, W) -> (B, out, h, w); widths: channels per level, each level but the last halves the picture.
+
+    maskbit: MaskBit's encoder, else the KL-VAE's, which has attention at the lowest level and in the middle.
+    """
+
+    def __init__(self, widths, blocks, out, maskbit):
+        c, last = widths[-1], len(widths) - 1
+        down = (Level(widths[max(i - 1, 0)], width, blocks, blocks * (i == last and not maskbit), maskbit, Halve if i < last else None)
+                for i, width in enumerate(widths))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit), down=nn.Sequential(*down),
+            mid=Level(c, c, blocks if maskbit else 2, 0 if maskbit else 1, maskbit),
+            norm_out=norm(c), silu=nn.SiLU(), conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
 
 
-class KLEncoder(nn.Module):
-    def __init__(self, widths, blocks, z):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            level = KLLevel(widths[max(i - 1, 0)], width, blocks, attn=last)
-            if not last:
-                level.downsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
-            self.down.append(level)
-        self.mid = kl_middle(widths[-1])
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 2 * z, 3, padding=1)
+class Decoder(nn.Sequential):
+    """(B, z, h, w) -> pictures (B, 3, H, W); up[0] is the lowest resolution. attn: attention there, too, not only in the middle.
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample["conv"](zero_pad(x, (0, 1, 0, 1)))      # right and bottom only
-        return self.conv_out(silu(self.norm_out(self.mid(x))))
+    The KL-VAE's decoder has one block more per level than its encoder, MaskBit's has not.
+    """
+
+    def __init__(self, widths, blocks, z, attn, maskbit):
+        widths, last, count = widths[::-1], len(widths) - 1, blocks if maskbit else blocks + 1
+        up = (Level(widths[max(i - 1, 0)], width, count, count * (i == 0 and attn), maskbit, Double if i < last else None)
+              for i, width in enumerate(widths))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], blocks if maskbit else 2, 0 if maskbit else 1, maskbit),
+            up=nn.Sequential(*up), norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
 
 
-class KLDecoder(nn.Module):
-    def __init__(self, widths, blocks, z, attn):
-        super().__init__()
-        self.conv_in, self.mid = nn.Conv2d(z, widths[-1], 3, padding=1), kl_middle(widths[-1])
-        self.up = nn.ModuleList()                                            # up[0] is the full resolution, run last
-        for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            level = KLLevel(widths[min(i + 1, len(widths) - 1)], width, blocks + 1, attn and last)
-            if i > 0:
-                level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            self.up.append(level)
-        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-            if hasattr(level, "upsample"):
-                x = upsample(level.upsample["conv"], x)
-        return self.conv_out(silu(self.norm_out(x)))
+# ------------------------------------------------------------------ x_c: the KL-VAE (VA-VAE, KL-16)
 
 
 class KLVAE(nn.Module):
@@ -199,7 +190,7 @@ class KLVAE(nn.Module):
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
-        self.encoder, self.decoder = KLEncoder(widths, blocks, z), KLDecoder(widths, blocks, z, attn)
+        self.encoder, self.decoder = Encoder(widths, blocks, 2 * z, maskbit=False), Decoder(widths, blocks, z, attn, maskbit=False)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
         set_groups(self, groups)
 
@@ -226,58 +217,13 @@ def kl_to_normal(mean, logvar):
 # ------------------------------------------------------------------ x_d: the bit tokenizer (MaskBit)
 
 
-def vq_level(c_in, c_out, blocks):
-    return nn.ModuleDict({"res_blocks": nn.Sequential(*(ResBlock(c_in if j == 0 else c_out, c_out, maskbit=True) for j in range(blocks)))})
-
-
-class BitEncoder(nn.Module):
-    def __init__(self, widths, blocks, bits):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            self.down.append(vq_level(widths[max(i - 1, 0)], width, blocks))
-            if i < len(widths) - 1:
-                self.down[-1]["down_conv"] = nn.Conv2d(width, width, 3, stride=2)
-        self.mid = vq_level(widths[-1], widths[-1], blocks)
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], bits, 1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level["res_blocks"](x)
-            if "down_conv" in level:
-                x = same_stride2(level["down_conv"], x)
-        return self.conv_out(silu(self.norm_out(self.mid["res_blocks"](x))))
-
-
-class BitDecoder(nn.Module):
-    def __init__(self, widths, blocks, bits):
-        super().__init__()
-        self.conv_in, self.mid = nn.Conv2d(bits, widths[-1], 3, padding=1), vq_level(widths[-1], widths[-1], blocks)
-        self.up = nn.ModuleList()                                            # up[0] is the LOWEST resolution, run first
-        for i, width in reversed(list(enumerate(widths))):
-            self.up.append(vq_level(widths[min(i + 1, len(widths) - 1)], width, blocks))
-            if i > 0:
-                self.up[-1]["upsample_conv"] = nn.Conv2d(width, width, 3, padding=1)
-        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid["res_blocks"](self.conv_in(x))
-        for level in self.up:
-            x = level["res_blocks"](x)
-            if "upsample_conv" in level:
-                x = upsample(level["upsample_conv"], x)
-        return self.conv_out(silu(self.norm_out(x)))
-
-
 class BitVQ(nn.Module):
     """x_d = VQVAE(I) of Eq. (7): every token is `bits` signs, no codebook is learned.   [MaskBit]"""
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
-        self.encoder, self.decoder = BitEncoder(widths, blocks, bits), BitDecoder(widths, blocks, bits)
+        self.encoder, self.decoder = Encoder(widths, blocks, bits, maskbit=True), Decoder(widths, blocks, bits, attn=False, maskbit=True)
         self.quantize = nn.Module()
         powers = 2 ** torch.arange(bits, dtype=torch.int32)
         self.quantize.register_buffer("bits_to_indices", powers)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import sample
+
 FOLDER = Path(__file__).resolve().parent / "golden_data"
 CONSTANTS = ("bits_to_indices", "codebook", "num_batches_tracked")
 
@@ -22,9 +24,9 @@ def load(name):
         return {key: a if a.dtype.kind == "U" else torch.from_numpy(np.array(a)) for key, a in arrays.items()}
 
 
-def layout(name):
-    """golden_data/tiny_layouts/NAME.json as {parameter name: shape}."""
-    return json.loads((FOLDER / "tiny_layouts" / f"{name}.json").read_text())
+def layout(name, folder="tiny_layouts"):
+    """golden_data/FOLDER/NAME.json as {official parameter name: shape}; folder "layouts" holds the full sizes."""
+    return json.loads((FOLDER / folder / f"{name}.json").read_text())
 
 
 def shapes(module):
@@ -53,8 +55,27 @@ def weight(key, shape, scale=1.0):
     return torch.tensor(scale * a, dtype=torch.float32)
 
 
-def is_gain(key, shape):
-    return len(shape) == 1 and key.endswith(".weight")
+def scale(key, shape, probe):
+    gain = len(shape) == 1 and key.endswith(".weight")
+    return 0.003 if probe == "all" or probe == "nogain" and not gain else 1.0
+
+
+def official(name, probe=None, folder="tiny_layouts"):
+    """The content of an official file of that layout, {official name: weight}; probe: see `fill`."""
+    state = {}
+    for key, shape in layout(name, folder).items():
+        if key.endswith("bits_to_indices"):
+            state[key] = 2 ** torch.arange(shape[0], dtype=torch.int32)
+        elif key.endswith("codebook"):
+            state[key] = (torch.arange(shape[0])[:, None] // 2 ** torch.arange(shape[1]) % 2 * 2 - 1).float()
+        else:
+            state[key] = weight(key, shape, scale(key, shape, probe))
+    return state
+
+
+def model(kind, name, probe=None):
+    """The tiny official model of that layout, through the program's own recognition and renaming."""
+    return sample.build(kind, *sample.from_official(official(name, probe), kind, name), name)
 
 
 def fill(module, prefix="", probe=None):
@@ -64,9 +85,8 @@ def fill(module, prefix="", probe=None):
     that the epsilon inside every norm shows.
     """
     for key, value in module.state_dict().items():
-        small = probe == "all" or probe == "nogain" and not is_gain(key, value.shape)
         if key.rsplit(".", 1)[-1] not in CONSTANTS:
-            value.copy_(weight(prefix + key, tuple(value.shape), 0.003 if small else 1.0))
+            value.copy_(weight(prefix + key, tuple(value.shape), scale(key, value.shape, probe)))
     return module.eval()
 
 
