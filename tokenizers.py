@@ -14,20 +14,32 @@ import colorsys
 import gzip
 import hashlib
 import json
-import os
 import math
+import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from torch.nn.functional import pad as zero_pad
 from tqdm import tqdm
 
-# ------------------------------------------------------------------ files: saved whole or not at all
+# ------------------------------------------------------------------ files: saved whole or not at all; processes
+
+
+def world():
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def write_whole(path, write):
@@ -398,105 +410,151 @@ class Shapes:
 def open_source(data, split, size, count):
     """The pictures of `data` ("shapes" or a folder), at most `count`.
 
-    An object with labels (n,) int64, classes, mirror and read(i) -> uint8 (3, size, size) or the reason
+    An object with labels (n,) int64, classes, mirror, size, made_from and read(i) -> uint8 (3, size, size) or the reason
     why not as text. SystemExit with one line if there is no such data, LookupError if it has no test split.
     """
     if data == "shapes":
-        return Shapes(split, size, count or 10000)
-    if not Path(data).is_dir():
+        source = Shapes(split, size, count or 10000)
+    elif not Path(data).is_dir():
         raise SystemExit(f"--data {data}: no such folder; give class folders, MNIST-family idx files, or shapes")
-    source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(data, split, size)
-    keep = np.random.RandomState(0).permutation(len(source.labels))[:count] if count else np.arange(len(source.labels))
-    source.read, source.labels = (lambda i, read=source.read: read(keep[i])), source.labels[keep]
+    else:
+        source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(data, split, size)
+        keep = np.random.RandomState(0).permutation(len(source.labels))[:count] if count else np.arange(len(source.labels))
+        source.read, source.labels = (lambda i, read=source.read: read(keep[i])), source.labels[keep]
+    source.made_from = dict(data=data if data == "shapes" else str(Path(data).resolve()), split=split, size=size, count=count)
     return source
 
 
-class Images:
-    """All pictures of a split as one memory-mapped array, decoded once into `folder`.
+# ------------------------------------------------------------------ caches: pixels and tokens of every picture
 
-    pixels uint8 (n, 3, size, size), labels int64 (n,), classes, mirror. Unreadable pictures are named, counted
-    and left out.
+
+def fill(folder, source, arrays, make, batch=64, **made_with):
+    """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together.
+
+    arrays {name: (dtype, shape of a row)}; make(uint8 (b, 3, H, W)) -> {name: (b, ...)}. status.npy says 0 for a
+    picture to do, 1 done, 2 unreadable, so a killed run goes on where it was. -> the dict in meta.json.
+    SystemExit if `folder` was made from something else, or if no picture can be read.
+    """
+    (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
+    meta = read_meta(folder, made_from)
+    barrier()                                                                # everybody has looked
+    if meta and meta["complete"]:
+        return meta
+    if rank == 0 and not meta:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, shape) in (arrays | {"status": (np.uint8, ())}).items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (n, *shape))          # zeros; takes no space yet
+        np.save(folder / "labels.npy", source.labels)
+        write_json(folder / "meta.json", dict(made_from=made_from, classes=source.classes, complete=False))
+    barrier()
+    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*arrays, "status")}
+    bar = tqdm(total=n, desc=f"{folder.name:6}", unit="img", disable=rank > 0, initial=int((files["status"] > 0).sum()))
+    with ThreadPoolExecutor(max(1, os.cpu_count() // ranks)) as threads:
+        for start in range(rank * batch, n, ranks * batch):
+            rows = start + np.flatnonzero(files["status"][start:start + batch] == 0)
+            pictures = list(threads.map(source.read, rows))
+            good = np.array([not isinstance(picture, str) for picture in pictures], bool)
+            if good.any():
+                for name, value in make(np.stack([p for p, fine in zip(pictures, good) if fine])).items():
+                    files[name][rows[good]] = value
+            files["status"][rows] = np.where(good, 1, 2)                     # last, when the rows themselves are there
+            bar.update(min(len(rows) * ranks, n - bar.n))
+    bar.close()
+    barrier()
+    skipped = [source.read(i) for i in np.flatnonzero(files["status"] == 2)]
+    if len(skipped) == n:
+        raise SystemExit(f"{made_from['data']}: none of its {n} pictures could be read")
+    if rank == 0:
+        if skipped:
+            print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
+        write_json(folder / "meta.json", read_meta(folder, made_from) | dict(complete=True, skipped=skipped))
+    barrier()
+    return read_meta(folder, made_from)
+
+
+def read_meta(folder, made_from):
+    """folder/meta.json, or None if there is none. SystemExit if it says that something else than `made_from` lies there."""
+    if not (folder / "meta.json").is_file():
+        return None
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["made_from"] != made_from:
+        raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
+    return meta
+
+
+def write_json(path, what):
+    write_whole(path, lambda file: file.write(json.dumps(what, indent=1).encode()))
+
+
+class Images:
+    """The pictures of a split, decoded once into `folder`, for the training of the tokenizers.
+
+    images[i] -> uint8 (B, 3, size, size) for i (B,) in 0..n-1; n, mirror. Unreadable pictures are left out.
     """
 
-    def __init__(self, folder, data, split, size, count=None, write=True):
-        folder, made_from = Path(folder), dict(data=data if data == "shapes" else str(Path(data).resolve()), split=split, size=size, count=count)
-        if write and not (folder / "meta.json").is_file():
-            self.decode(folder, open_source(data, split, size, count), made_from)
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["made_from"] != made_from:
-            raise SystemExit(f"{folder} holds the pictures of {meta['made_from']}, not of {made_from}; choose another --runs folder")
-        self.labels = np.load(folder / "labels.npy")
-        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")[:len(self.labels)]           # sized for the unreadable ones too
-        self.classes, self.mirror = meta["classes"], meta["mirror"]
+    def __init__(self, folder, source):
+        fill(folder, source, {"pixels": (np.uint8, (3, source.size, source.size))}, lambda pictures: {"pixels": pictures})
+        self.mirror = source.mirror
+        self.pixels, status = (np.load(Path(folder) / name, mmap_mode="r") for name in ("pixels.npy", "status.npy"))
+        self.rows = np.flatnonzero(status == 1)
+        self.n = len(self.rows)
 
-    @staticmethod
-    def decode(folder, source, made_from):
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (len(source.labels), 3, made_from["size"], made_from["size"]))
-        labels, skipped = [], []
-        for i in tqdm(range(len(source.labels)), desc=f"{made_from['split']} pictures", unit="img", leave=False):
-            picture = source.read(i)
-            if isinstance(picture, str):
-                skipped.append(picture)
-                continue
-            pixels[len(labels)] = picture
-            labels.append(source.labels[i])
-        if skipped:
-            print(f"skipped {len(skipped)} unreadable of {len(source.labels)} pictures:", *skipped, sep="\n  ")
-        if not labels:
-            raise SystemExit(f"{made_from['data']}: none of its {len(skipped)} pictures could be read")
-        pixels.flush()
-        np.save(folder / "labels.npy", np.array(labels))
-        meta = dict(made_from=made_from, classes=source.classes, mirror=source.mirror, skipped=skipped)
-        write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
-
-
-# ------------------------------------------------------------------ the token cache
+    def __getitem__(self, i):
+        return self.pixels[self.rows[i]]
 
 
 @torch.no_grad()
-def cache_tokens(folder, images, vae, vq, device, batch=256):
-    """Eq. (7) for every picture (and its mirror image where images.mirror): posterior moments float16, bits as indices.
+def cache_tokens(folder, source, vae, vq, device, batch=64):
+    """Eq. (7) for every picture (and its mirror image where source.mirror): posterior moments as float16, bits as indices.
 
-    Writes moments.npy (F, n, 2 d_c, h, w), indices.npy (F, n, h, w), F = 1 or 2, and meta.json last.
-    The latents' mean and deviation per channel are those of posterior samples [VA-VAE].
+    Fills moments.npy (n, F, 2 d_c, h, w) and indices.npy (n, F, h, w), F = 1 or 2 with the mirror image. In meta.json: the
+    tokenizers' fingerprints, mean and deviation per channel of posterior samples of up to 10,000 pictures [VA-VAE].
     """
-    folder, n, sums = Path(folder), len(images.labels), 0
-    folder.mkdir(parents=True, exist_ok=True)
-    moments = indices = None
-    for start in tqdm(range(0, n, batch), desc="token cache", unit="batch", leave=False):
-        pixels = torch.tensor(images.pixels[start:start + batch]).to(device).float() / 255
-        for f, x in enumerate([pixels, pixels.flip(3)][:1 + images.mirror]):
-            mean, logvar = (a.float() for a in vae.encode(x * 2 - 1))
-            index = to_indices(quantise(vq.encode(x)).movedim(1, -1))
-            if moments is None:
-                shape = (1 + images.mirror, n)
-                moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (*shape, 2 * mean.shape[1], *mean.shape[2:]))
-                indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (*shape, *index.shape[1:]))
-            moments[f, start:start + batch] = torch.cat([mean, logvar], dim=1).cpu().numpy()
-            indices[f, start:start + batch] = index.cpu().numpy()
-            sums = sums + torch.stack([mean.double(), mean.double().square() + logvar.double().exp()]).sum((1, 3, 4))
-    moments.flush(), indices.flush()
-    average, square = sums / indices.size                                    # of posterior samples, (d_c,) each
-    meta = dict(vae=fingerprint(vae), vq=fingerprint(vq), mean=average.tolist(), std=(square - average ** 2).sqrt().tolist(), bits=vq.quantize.codebook.shape[1])
-    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    def make(pictures):
+        x = torch.tensor(pictures).to(device).float() / 255
+        x = torch.stack([x, x.flip(3)][:F], dim=1).flatten(0, 1)             # (b F, 3, H, W)
+        moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), to_indices(quantise(vq.encode(x)).movedim(1, -1))
+        return {"moments": moments.unflatten(0, (-1, F)).float().cpu().numpy(), "indices": index.unflatten(0, (-1, F)).cpu().numpy()}
+
+    folder, F, h, bits = Path(folder), 1 + source.mirror, source.size >> len(vae.encoder.down) - 1, vq.quantize.codebook.shape[1]
+    arrays = {"moments": (np.float16, (F, 2 * vae.post_quant_conv.in_channels, h, h)), "indices": (np.int32, (F, h, h))}
+    meta = fill(folder, source, arrays, make, batch, vae=fingerprint(vae), vq=fingerprint(vq))
+    if world()[0] == 0 and "mean" not in meta:
+        moments, status = (np.load(folder / name, mmap_mode="r") for name in ("moments.npy", "status.npy"))
+        rows = np.sort(np.random.RandomState(0).permutation(np.flatnonzero(status == 1))[:10000])
+        random, total, n = torch.Generator().manual_seed(0), 0, len(rows) * h * h
+        for part in np.array_split(rows, -(-len(rows) // 500)):
+            mean, logvar = torch.tensor(moments[part, 0]).double().chunk(2, dim=1)
+            x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=random))
+            total = total + torch.stack([x_c, x_c.square()]).sum((1, 3, 4))  # (2, d_c)
+        mean = total[0] / n
+        std = ((total[1] - n * mean.square()) / (n - 1)).sqrt()
+        write_json(folder / "meta.json", meta | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
+    barrier()
 
 
 class Tokens:
-    """The cache of `cache_tokens`. SystemExit if other tokenizers than `vae`, `vq` made it."""
+    """The cache of `cache_tokens`. n pictures with labels (n,), classes. SystemExit if other tokenizers than `vae`, `vq` made it."""
 
     def __init__(self, folder, vae, vq):
-        self.meta = json.loads((Path(folder) / "meta.json").read_text())
-        found, expected = (self.meta["vae"], self.meta["vq"]), (fingerprint(vae), fingerprint(vq))
-        if found != expected:
-            raise SystemExit(f"{folder} was made by tokenizers {found}, not by {expected}; remove it to make it again")
-        self.moments, self.indices = (np.load(Path(folder) / name, mmap_mode="r") for name in ("moments.npy", "indices.npy"))
+        folder = Path(folder)
+        if not (folder / "meta.json").is_file():
+            raise SystemExit(f"{folder}: no token cache; make it with --stage cache")
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.made_by, expected = [self.meta["made_from"][k] for k in ("vae", "vq")], [fingerprint(vae), fingerprint(vq)]
+        if self.made_by != expected:
+            raise SystemExit(f"{folder} was made by tokenizers {self.made_by}, not by {expected}; remove it to make it again")
+        if "mean" not in self.meta:
+            raise SystemExit(f"{folder}: the token cache is not complete; go on with --stage cache")
+        self.moments, self.indices, labels, status = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "indices", "labels", "status"))
+        self.rows, self.classes = np.flatnonzero(status == 1), self.meta["classes"]
+        self.labels, self.n = labels[self.rows], len(self.rows)
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
-        self.F, self.n = self.moments.shape[:2]
 
     def __getitem__(self, index):
-        """index (flip (B,), picture (B,)) -> mean, deviation (B, N, d_c), normalised, and bits x_d (B, N, d_d)."""
-        flip, picture = index
-        mean, logvar = torch.tensor(self.moments[flip, picture]).float().flatten(2).transpose(1, 2).chunk(2, dim=2)
-        x_d = to_bits(torch.tensor(self.indices[flip, picture]).flatten(1), self.meta["bits"])
+        """index: picture (B,) in 0..n-1, u (B,) in [0, 1): mirrored from 0.5 on -> mean, deviation (B, N, d_c), normalised, and bits x_d (B, N, d_d)."""
+        picture, u = index
+        rows, flip = self.rows[picture], (u * self.indices.shape[1]).astype(int)
+        mean, logvar = torch.tensor(self.moments[rows, flip]).float().flatten(2).transpose(1, 2).chunk(2, dim=2)
+        x_d = to_bits(torch.tensor(self.indices[rows, flip]).flatten(1), self.meta["bits"])
         return (mean - self.mean) / self.std, (0.5 * logvar).exp() / self.std, x_d

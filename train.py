@@ -33,6 +33,7 @@ import backbone
 import mixing
 import sample
 import tokenizers
+from tokenizers import barrier, world
 
 # Length, batch, rates of each model; a warm-up below 1 is a share of the length.
 # tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
@@ -98,15 +99,6 @@ def vq_loss(model, batch, draw, step):
 
 
 # ------------------------------------------------------------------ processes, data order, random numbers
-
-def world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
 
 def mean_over_ranks(q):
     """The value is the mean over ranks; the gradient flows through this rank's own q, which DDP then averages."""
@@ -318,17 +310,11 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
 
 # ------------------------------------------------------------------ the stages
 
-def file_of(args, shared, kind):
-    """Where the "vae", "vq" or "prior" lies: the file given for it, or the folder its stage writes."""
-    return Path(getattr(args, kind) or shared / kind)
-
-
-def done(args, shared, kind):
-    """Whether this model is given, or its stage has finished."""
-    path = shared / kind / "last.pt"
-    if getattr(args, kind) or not path.is_file():
-        return bool(getattr(args, kind))
-    saved = sample.load_checkpoint(path, kind)
+def done(path, kind):
+    """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a finished stage."""
+    if path.is_file() or not (path / "last.pt").is_file():
+        return path.is_file()
+    saved = sample.load_checkpoint(path / "last.pt", kind)
     return saved["step"] >= saved["args"][f"{kind}_steps"]
 
 
@@ -343,7 +329,7 @@ def train_tokenizer(args, shared, kind, images):
         nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
 
     def get_batch(rows, draw):
-        x = torch.tensor(images.pixels[rows]).float() / 255
+        x = torch.tensor(images[rows]).float() / 255
         if images.mirror:
             flip = draw(torch.rand).cpu() < 0.5
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -351,57 +337,55 @@ def train_tokenizer(args, shared, kind, images):
 
     @torch.no_grad()
     def preview(ema, step):
-        x = torch.tensor(images.pixels[:10]).to(args.device).float() / 255
+        x = torch.tensor(images[np.arange(min(10, images.n))]).to(args.device).float() / 255
         y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
-        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", 10)
+        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
     loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, shared / kind, kind, model, config, loss, len(images.labels), get_batch, args.recipe[kind], {}, preview)
+    fit(args, shared / kind, kind, model, config, loss, images.n, get_batch, args.recipe[kind], {}, preview)
 
 
-def token_batches(tokens, labels):
+def token_batches(tokens):
     """get_batch for the prior and MixAR: cached tokens, a random one of picture and mirror image."""
     def get_batch(rows, draw):
-        flip = (draw(torch.rand) * tokens.F).long().cpu().numpy()
-        return (*tokens[flip, rows], torch.tensor(labels[rows]))
+        return (*tokens[rows, draw(torch.rand).cpu().numpy()], torch.tensor(tokens.labels[rows]))
     return get_batch
 
 
-def train_prior(args, shared, images, tokens):
+def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
-    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(images.classes)) | backbone.PRESETS[args.preset]["prior"]
+    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
     torch.manual_seed(args.seed)
     model = backbone.MaskBitPrior(**config)
-    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), len(images.labels),
-        token_batches(tokens, images.labels), args.recipe["prior"], {}, None)
+    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), tokens.n,
+        token_batches(tokens), args.recipe["prior"], {}, None)
 
 
-def train_mixar(args, shared, run, images, tokens):
+def train_mixar(args, shared, files, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
-    N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(images.classes), args.recipe["mixar"]
+    N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
     config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
-    args.steps = recipe["steps"] = args.steps or max(round(args.epochs * (len(images.labels) // recipe["batch"])), 1)
+    args.steps = recipe["steps"] = args.steps or max(round(args.epochs * (tokens.n // recipe["batch"])), 1)
     torch.manual_seed(args.seed)
     try:
         model = backbone.MAR(**config)
     except ValueError as error:                                              # more bits than channels
         raise SystemExit(str(error)) from None
-    model.recompute = args.checkpoint_activations
-    files, prior = {kind: file_of(args, shared, kind) for kind in ("vae", "vq", "prior")}, None
+    model.recompute, prior = args.checkpoint_activations, None
     if args.ti_mix or args.prior:
         prior = sample.load_model(files["prior"], "prior")[0]
         sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
-    marks = dict(vae=tokens.meta["vae"], vq=tokens.meta["vq"], prior=tokenizers.fingerprint(prior) if args.prior else None)
-    meta = dict(shared=os.path.relpath(shared, run), classes=images.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
-                files={kind: (os.path.abspath(path) if getattr(args, kind) else os.path.relpath(path, run), marks[kind]) for kind, path in files.items()},
-                data=args.data if args.data == "shapes" else str(Path(args.data).resolve()), sampling=backbone.sampling(args.preset, bits))
+    marks = [*tokens.made_by, tokenizers.fingerprint(prior) if args.prior else None]
+    meta = dict(shared=os.path.relpath(shared, run), classes=tokens.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
+                files={kind: (os.path.abspath(path) if getattr(args, kind) else os.path.relpath(path, run), mark) for (kind, path), mark in zip(files.items(), marks)},
+                data=tokens.meta["made_from"]["data"], sampling=backbone.sampling(args.preset, bits))
 
     def preview(ema, step):
         system = sample.System(run, args.device, model=ema)
         sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
 
     loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
-    fit(args, run, "mixar", model, config, loss, len(images.labels), token_batches(tokens, images.labels), recipe, meta, preview, init=args.init)
+    fit(args, run, "mixar", model, config, loss, tokens.n, token_batches(tokens), recipe, meta, preview, init=args.init)
 
 
 def parse(argv=None):
@@ -446,11 +430,14 @@ def parse(argv=None):
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     args = p.parse_args(argv)
     args.recipe = copy.deepcopy(RECIPES[args.preset])
-    missing = [f"--{kind} FILE" for kind in ("vae", "vq", "prior") if kind not in args.recipe and not getattr(args, kind)]
-    if missing:
-        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give {', '.join(missing)}, official files or checkpoints of ours")
-    if getattr(args, args.stage, None) or args.steps and args.epochs:
-        raise SystemExit(f"--steps and --epochs both set the length: give one" if args.steps and args.epochs else f"--stage {args.stage} trains what --{args.stage} replaces: give one")
+    for kind in ("vae", "vq", "prior"):
+        given = getattr(args, kind)
+        if given and (args.stage == kind or not Path(given).is_file()):
+            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file"))
+        if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
+            raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
+    if args.steps and args.epochs:
+        raise SystemExit("--steps and --epochs both set the length of stage mixar; give one of them")
     for kind, recipe in args.recipe.items():
         recipe["batch"] = args.batch_size or recipe["batch"]
         recipe["lr"] *= recipe["batch"] / recipe.get("per", recipe["batch"])
@@ -481,28 +468,29 @@ def main(argv=None):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out) if args.out else Path(args.runs) / f"{data}-{args.guidance}{'-ti' if args.ti_mix else ''}"
-    wants = lambda stage: args.stage in ("all", stage)
-    size = backbone.PRESETS[args.preset]["size"]
-    for turn in (rank == 0, rank > 0):                                       # rank 0 decodes the pictures, the others then read them
-        if turn:
-            images = tokenizers.Images(shared / "images", args.data, "train", size, args.images)
-        barrier()
+    files = {kind: Path(getattr(args, kind) or shared / kind) for kind in ("vae", "vq", "prior")}
+    wants, size = lambda stage: args.stage in ("all", stage), backbone.PRESETS[args.preset]["size"]
+    if args.stage in ("all", "vae", "vq", "cache"):
+        source = tokenizers.open_source(args.data, "train", size, args.images)
+    elif not shared.is_dir():
+        raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
     for kind in ("vae", "vq"):
-        if args.stage == kind or wants(kind) and not done(args, shared, kind):
-            train_tokenizer(args, shared, kind, images)
+        if args.stage == kind or wants(kind) and not done(files[kind], kind):
+            train_tokenizer(args, shared, kind, tokenizers.Images(shared / "images", source))
     if args.stage in ("vae", "vq"):
         return
-    vae, vq = (sample.load_model(file_of(args, shared, kind), kind)[0].to(args.device) for kind in ("vae", "vq"))
-    sample.same_size(file_of(args, shared, "vq"), levels=(len(vq.encoder.down), len(vae.encoder.down)))
-    if rank == 0 and wants("cache") and not (shared / "tokens" / "meta.json").is_file():
+    vae, vq = (sample.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
+    sample.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
+    if wants("cache"):
         with sample.autocast(args.amp, torch.device(args.device)):
-            tokenizers.cache_tokens(shared / "tokens", images, vae, vq, args.device)
-    barrier()
+            tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+    if args.stage == "cache":
+        return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
-    if args.stage == "prior" or wants("prior") and not done(args, shared, "prior"):
-        train_prior(args, shared, images, tokens)
+    if args.stage == "prior" or wants("prior") and not done(files["prior"], "prior"):
+        train_prior(args, shared, tokens)
     if wants("mixar"):
-        train_mixar(args, shared, run, images, tokens)
+        train_mixar(args, shared, files, run, tokens)
         if rank == 0:
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
     if dist.is_initialized():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import tokenizers
@@ -75,19 +76,19 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     data = (folder / "dog" / "rgba.png").read_bytes()
     (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
-    images = tokenizers.Images(tmp_path / "out", str(folder), "train", 32)
+    images = tokenizers.Images(tmp_path / "out", tokenizers.open_source(str(folder), "train", 32, None))
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
-    assert images.pixels.shape == (5, 3, 32, 32) and images.labels.tolist() == [0, 0, 1, 1, 1]
+    assert images.n == 5 and images[np.arange(5)].shape == (5, 3, 32, 32)
     assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"]) == 2
-    assert (images.pixels[-2] == tokenizers.open_source(str(folder), "train", 32, None).read(4)).all()
+    assert (images[np.array([4])][0] == tokenizers.open_source(str(folder), "train", 32, None).read(5)).all()
 
 
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="none of its 1 pictures"):
-        tokenizers.Images(tmp_path / "out", str(tmp_path / "in"), "train", 32)
+        tokenizers.Images(tmp_path / "out", tokenizers.open_source(str(tmp_path / "in"), "train", 32, None))
 
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
@@ -128,10 +129,14 @@ def test_truncated_idx_file_is_one_line(tmp_path):
         tokenizers.open_source(str(tmp_path), "train", 32, None)
 
 
+def shapes(count):
+    return tokenizers.open_source("shapes", "train", 32, count)
+
+
 def test_images_of_another_source_are_refused(tmp_path):
-    tokenizers.Images(tmp_path, "shapes", "train", 32, 10)
-    with pytest.raises(SystemExit, match="holds the pictures of"):
-        tokenizers.Images(tmp_path, "shapes", "train", 32, 20)
+    tokenizers.Images(tmp_path, shapes(10))
+    with pytest.raises(SystemExit, match="was made from"):
+        tokenizers.Images(tmp_path, shapes(20))
 
 
 def tiny_tokenizers():
@@ -140,14 +145,15 @@ def tiny_tokenizers():
 
 
 def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
-    """Eq. (7): x_c and x_d of the cache are the tokenizers' own, row-major, x_c normalised per channel."""
+    """Eq. (7): x_c and x_d of the cache are the tokenizers' own, row-major, x_c normalised per channel; u >= 0.5 gives the mirror image."""
     vae, vq = tiny_tokenizers()
-    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 50)
-    images.mirror = True
-    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu", batch=16)
-    tokens = tokenizers.Tokens(tmp_path / "tokens", vae, vq)
-    mean, std, x_d = tokens[np.array([0, 1]), np.array([3, 44])]
-    x = torch.tensor(images.pixels[[3, 44]]).float() / 255
+    source = shapes(50)
+    source.mirror = True
+    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
+    tokens = tokenizers.Tokens(tmp_path, vae, vq)
+    assert tokens.n == 50 and tokens.labels.tolist() == source.labels.tolist() and tokens.classes == source.classes
+    mean, std, x_d = tokens[np.array([3, 44]), np.array([0.4, 0.5])]
+    x = torch.tensor(np.stack([source.read(3), source.read(44)])).float() / 255
     x[1] = x[1].flip(2)
     with torch.no_grad():
         true_mean, logvar = vae.encode(x * 2 - 1)
@@ -160,23 +166,68 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
 
 
 def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
+    """Unbiased deviation of posterior samples, not of means: a sample normalised by it has deviation 1."""
     vae, vq = tiny_tokenizers()
-    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 300)
-    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu")
-    tokens = tokenizers.Tokens(tmp_path / "tokens", vae, vq)
-    mean, std, _ = tokens[np.zeros(300, int), np.arange(300)]
-    x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    vae.quant_conv.bias.data[8:] = 1.0                                       # much posterior noise
+    tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
+    tokens = tokenizers.Tokens(tmp_path, vae, vq)
+    mean, std, _ = tokens[np.arange(300), np.zeros(300)]
+    x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(x_c.mean((0, 1)), torch.zeros(8), atol=0.03)
     assert torch.allclose(x_c.std((0, 1)), torch.ones(8), atol=0.03)
 
 
 def test_cache_refuses_other_tokenizers(tmp_path):
     vae, vq = tiny_tokenizers()
-    images = tokenizers.Images(tmp_path / "images", "shapes", "train", 32, 10)
-    tokenizers.cache_tokens(tmp_path / "tokens", images, vae, vq, "cpu")
+    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
     vq.decoder.conv_out.bias.data += 1
     with pytest.raises(SystemExit, match="was made by tokenizers"):
-        tokenizers.Tokens(tmp_path / "tokens", vae, vq)
+        tokenizers.Tokens(tmp_path, vae, vq)
+
+
+def cache_arrays(folder):
+    return {name: np.load(folder / f"{name}.npy") for name in ("moments", "indices", "labels", "status")}
+
+
+def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    """Stopped in the middle: not readable as a cache; started again it reads only what is missing and ends with the same arrays."""
+    (folder / "cat" / "broken.png").write_bytes(b"no picture")
+    vae, vq = tiny_tokenizers()
+    source = lambda: tokenizers.open_source(str(folder), "train", 32, None)
+    tokenizers.cache_tokens(tmp_path / "whole", source(), vae, vq, "cpu", batch=2)
+    stopped, read = source(), []
+    shipped = stopped.read
+    def stop_at_four(i):
+        if i >= 4:
+            raise KeyboardInterrupt
+        return shipped(i)
+    stopped.read = stop_at_four
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
+    with pytest.raises(SystemExit, match="not complete"):
+        tokenizers.Tokens(tmp_path / "stopped", vae, vq)
+    stopped.read = lambda i: read.append(int(i)) or shipped(i)
+    tokenizers.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
+    whole, resumed = cache_arrays(tmp_path / "whole"), cache_arrays(tmp_path / "stopped")
+    assert all((whole[k] == resumed[k]).all() for k in whole)
+    assert sorted(set(read)) == [0, 4, 5] and whole["status"].tolist() == [2, 1, 1, 1, 1, 1]     # 0 is broken and named again at the end
+    tokens = tokenizers.Tokens(tmp_path / "stopped", vae, vq)
+    assert tokens.n == 5 and tokens.labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def cache_in_one_of(rank, ranks, port, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    tokenizers.cache_tokens(path, shapes(50), *tiny_tokenizers(), "cpu", batch=8)
+    dist.destroy_process_group()
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    tokenizers.cache_tokens(tmp_path / "one", shapes(50), *tiny_tokenizers(), "cpu", batch=8)
+    torch.multiprocessing.spawn(cache_in_one_of, (2, 29631, tmp_path / "two"), nprocs=2)
+    one, two = cache_arrays(tmp_path / "one"), cache_arrays(tmp_path / "two")
+    assert (two["status"] == 1).all() and (one["indices"] == two["indices"]).mean() > 0.999
+    assert np.allclose(one["moments"].astype(float), two["moments"].astype(float), atol=2e-3)
 
 
 def test_indices_and_bits_are_inverse_least_significant_first():

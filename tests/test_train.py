@@ -200,7 +200,8 @@ def test_weights_that_do_not_fit_are_named():
         sample.load_weights(model, state, "f.pt")
 
 
-@pytest.mark.parametrize("flags, words", [(["--data", "/no/where"], "no such folder"), (["--init", "/no/file.pt"], "no such file"),
+@pytest.mark.parametrize("flags, words", [(["--data", "/no/where", "--stage", "all"], "no such folder"), (["--data", "/no/where"], "run the stages vae, vq and cache first"),
+                                          (["--init", "/no/file.pt"], "no such file"),
                                           (["--device", "cuda"], "no CUDA device")])
 def test_wrong_flags_are_one_line_without_traceback(runs, tmp_path, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
