@@ -16,7 +16,9 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import backbone
+import golden
 import sample
+import tokenizers
 import train
 import quick_train  # noqa: F401, few sampling steps
 
@@ -121,18 +123,26 @@ def batch_of(kind, rows):
     return [a[rows] for a in (latents if kind in ("prior", "mixar") else (torch.rand(8, 3, 32, 32, generator=g),))]
 
 
-def gradients(rank, ranks, port, kind, path):
-    """One step's gradients on the global batch of 8, as train.fit computes them."""
-    torch.set_num_threads(1)
-    if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def fresh_model(kind):
     torch.manual_seed(0)
     sizes = dict(prior=dict(N=64, bits=8, classes=10), mixar=dict(N=64, d_c=8, d_d=8, classes=10)).get(kind, {})
     model = sample.KINDS[kind](**sizes, **backbone.PRESETS["tiny"]["mar" if kind == "mixar" else kind])
     if kind == "mixar":                                                      # the zero start values would hide most gradients
         for p in model.diffloss.parameters():
             torch.nn.init.normal_(p, std=0.1)
-    loss = dict(vae=train.vae_loss, vq=train.vq_loss, prior=train.prior_loss, mixar=partial(train.mixar_loss, prior=None, args=train.parse([])))[kind]
+    return model
+
+
+def losses(kind):
+    return dict(vae=train.vae_loss, vq=train.vq_loss, prior=train.prior_loss, mixar=partial(train.mixar_loss, prior=None, args=train.parse([])))[kind]
+
+
+def gradients(rank, ranks, port, kind, path):
+    """One step's gradients on the global batch of 8, as train.fit computes them."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    model, loss = fresh_model(kind), losses(kind)
     draw = train.Draw(0, 5, 8, torch.device("cpu"))
     module = train.Loss(model, loss)
     module = DistributedDataParallel(module) if ranks > 1 else module
@@ -157,12 +167,155 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, kind, port):
 
 
 def test_torchrun_with_two_processes_trains_the_same_weights(runs, tmp_path):
+    """Each process in two parts besides, between which the processes do not talk."""
     train.main(mixar(runs, tmp_path / "one", "--steps", 3))
-    done = run("tests/quick_train.py", *mixar(runs, tmp_path / "two", "--steps", 3), processes=2)
+    done = run("tests/quick_train.py", *mixar(runs, tmp_path / "two", "--steps", 3, "--accumulate", 2), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = weights(tmp_path / "one" / "last.pt"), weights(tmp_path / "two" / "last.pt")
     for key in one:
         assert torch.allclose(one[key], two[key], atol=2e-5), key
+
+
+# ------------------------------------------------------------------ less memory, same gradients
+
+@pytest.mark.parametrize("kind", ["vae", "prior", "mixar"])
+def test_accumulation_gives_the_gradients_of_the_undivided_batch(tmp_path, kind):
+    """--accumulate: the batch in four parts, each drawing its own rows of the same random numbers."""
+    model, loss = fresh_model(kind), losses(kind)
+    args, found = train.parse(["--amp", "fp32", "--clip", "1e9"]), []
+    for parts in (1, 4):
+        draws = [train.Draw(0, 5, 8, torch.device("cpu"), part, parts) for part in range(parts)]
+        batches = [(batch_of(kind, draw.rows), draw) for draw in draws]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        value, norm, taken = train.update(args, train.Loss(model, loss), model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, 5)
+        found.append((value, [p.grad.clone() for p in model.parameters()]))
+    largest = max(float(g.abs().max()) for g in found[0][1])
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and largest > 1e-4
+    for one, four in zip(found[0][1], found[1][1]):
+        assert (one - four).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("guidance", backbone.GUIDANCES)
+def test_recomputed_activations_give_the_same_gradients(guidance):
+    """--checkpoint-activations, with dropout: the second pass drops the same."""
+    torch.manual_seed(0)
+    config = backbone.PRESETS["tiny"]["mar"] | dict(dropout=0.1)
+    model, found = backbone.MAR(N=64, d_c=8, d_d=8, classes=10, guidance=guidance, **config).train(), []
+    for p in model.diffloss.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    for recompute in (False, True):
+        model.recompute = recompute
+        torch.manual_seed(1)
+        draw = train.Draw(0, 5, 8, torch.device("cpu"))
+        model.zero_grad()
+        train.mixar_loss(model, batch_of("mixar", draw.rows), draw, 5, None, train.parse([])).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_recomputed_activations_are_not_kept():
+    """Without recomputing, the inner activations of every block stay in memory until the backward pass."""
+    model = backbone.MAR(N=64, d_c=8, d_d=8, classes=10, **backbone.PRESETS["tiny"]["mar"]).train()
+    draw, kept = train.Draw(0, 5, 8, torch.device("cpu")), []
+    for model.recompute in (False, True):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
+            model(*batch_of("mixar", draw.rows)[0:1], batch_of("mixar", draw.rows)[2], torch.arange(64).expand(8, -1) < 50, torch.arange(8), torch.zeros(8, dtype=torch.bool))
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.5 * kept[0]
+
+
+# ------------------------------------------------------------------ models from files
+
+def parts_of(runs):
+    return [word for kind in ("vae", "vq", "prior") for word in (f"--{kind}", str(runs / "shapes" / kind / "last.pt"))]
+
+
+def test_models_from_files_are_used_and_found_again(runs, tmp_path):
+    """--vae, --vq, --prior: no stage trains them; the run names them, and refuses another prior or tokenizer at that place."""
+    import shutil
+    for kind in ("vae", "vq", "prior"):
+        shutil.copy(runs / "shapes" / kind / "last.pt", tmp_path / f"{kind}.pt")
+    files = [word for kind in ("vae", "vq", "prior") for word in (f"--{kind}", str(tmp_path / f"{kind}.pt"))]
+    train.main([*SMALL, *files, "--runs", str(tmp_path / "new"), "--steps", "2", "--guidance", "none"])
+    assert not any((tmp_path / "new" / "shapes" / kind).exists() for kind in ("vae", "vq", "prior"))
+    run = tmp_path / "new" / "shapes-none"
+    few = ["--count", "2", "--ar-steps", "2", "--diffusion-steps", "2", "--out", str(tmp_path / "s.npz")]
+    sample.main([str(run), *few])
+    shutil.copy(runs / "shapes" / "prior" / "last.pt", tmp_path / "other.pt")
+    saved = torch.load(tmp_path / "prior.pt", weights_only=True)
+    saved["ema"]["input_proj.bias"] += 1
+    torch.save(saved, tmp_path / "prior.pt")
+    with pytest.raises(SystemExit, match="was trained with the prior"):
+        sample.main([str(run), *few])
+    sample.main([str(run), *few, "--prior", str(tmp_path / "other.pt")])
+    with pytest.raises(SystemExit, match="was trained with the vae"):
+        saved = torch.load(tmp_path / "vae.pt", weights_only=True)
+        saved["ema"]["quant_conv.bias"] += 1
+        torch.save(saved, tmp_path / "vae.pt")
+        sample.main([str(run), *few, "--prior", str(tmp_path / "other.pt")])
+
+
+def test_plain_mar_draws_no_discrete_tokens(runs, tmp_path, monkeypatch):
+    """Guidance none: the prior costs nothing when sampling."""
+    train.main(mixar(runs, tmp_path / "run", "--steps", 1, "--guidance", "none"))
+    monkeypatch.setattr(sample, "sample_prior", None)
+    few = [str(tmp_path / "run"), "--count", "10", "--ar-steps", "2", "--diffusion-steps", "2"]
+    sample.main([*few, "--out", str(tmp_path / "s.npz")])
+    sample.main([*few, "--out", str(tmp_path / "s.gif")])
+    with pytest.raises(TypeError):
+        sample.main([*few, "--out", str(tmp_path / "d.npz"), "--decode", "discrete"])
+
+
+def test_official_tokenizers_make_the_token_cache(tmp_path):
+    """A KL-VAE and a MaskBit tokenizer in their official formats, by path alone."""
+    for kind, name in (("vae", "kl_tiny"), ("vq", "maskbit_tokenizer_tiny")):
+        torch.save(golden.official(name), tmp_path / f"{kind}.pth")
+    files = ["--vae", str(tmp_path / "vae.pth"), "--vq", str(tmp_path / "vq.pth")]
+    train.main([*SMALL, *files, "--images", "8", "--runs", str(tmp_path), "--stage", "cache"])
+    vae, vq = (sample.load_model(tmp_path / f"{kind}.pth", kind)[0] for kind in ("vae", "vq"))
+    tokens = tokenizers.Tokens(tmp_path / "shapes" / "tokens", vae, vq)
+    mean, _, x_d = tokens[np.array([0]), np.array([0.0])]
+    assert mean.shape == (1, 256, 4) and x_d.shape == (1, 256, 6)
+
+
+def test_larger_presets_follow_mars_recipe():
+    """400 epochs of batch 2048; lr 1e-4 for 256 images; a quarter of the steps is warm-up; --steps, --epochs, --lr and --warmup win."""
+    files = [word for kind in ("vae", "vq", "prior") for word in (f"--{kind}", __file__)]
+    for preset in ("base", "large", "huge"):
+        args = train.parse(["--preset", preset, *files])
+        recipe = args.recipe["mixar"] | dict(steps=1000)
+        assert (args.epochs, args.steps, recipe["batch"], args.clip, args.ema) == (400, None, 2048, 3.0, 0.9999)
+        assert recipe["lr"] == pytest.approx(8e-4) and recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02
+        assert train.learning_rate(recipe, 124) == pytest.approx(4e-4) and train.learning_rate(recipe, 249) == train.learning_rate(recipe, 999) == pytest.approx(8e-4)
+    args = train.parse(["--preset", "base", *files, "--batch-size", "512", "--steps", "70"])
+    assert args.recipe["mixar"]["lr"] == pytest.approx(2e-4) and args.steps == 70
+    assert train.parse(["--preset", "base", *files, "--lr", "0.1"]).recipe["mixar"]["lr"] == 0.1
+    assert train.parse(["--epochs", "2"]).steps is None and train.parse([]).steps == 1200
+
+
+def test_epochs_are_passes_over_the_pictures(runs, tmp_path):
+    train.main(mixar(runs, tmp_path / "run", "--epochs", 0.5))
+    assert weights(tmp_path / "run" / "last.pt", "step") == 4               # 64 pictures, batch 8
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset", "base"], "--preset base trains MixAR alone: give --vae, --vq and --prior"), (["--vae", "/no/file"], "--vae /no/file: no such file"),
+    (["--stage", "vae", "--vae", __file__], "--stage vae would train it"), (["--steps", "3", "--epochs", "1"], "both set the length")])
+def test_flags_that_contradict_each_other_are_one_line(flags, words):
+    with pytest.raises(SystemExit) as error:
+        train.parse(flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_models_that_do_not_go_together_are_one_line(runs, tmp_path):
+    """A tokenizer of another stride, a prior of other tokens."""
+    torch.save(golden.official("maskbit_tokenizer_tiny"), tmp_path / "vq.pth")
+    torch.save(golden.official("maskbit_generator_tiny_postnorm"), tmp_path / "prior.pth")
+    with pytest.raises(SystemExit, match="vq.pth: 2 levels, expected the 3"):
+        train.main([*mixar(runs, tmp_path / "run", "--steps", 1), "--vq", str(tmp_path / "vq.pth")])
+    with pytest.raises(SystemExit, match="prior.pth: 16 tokens, expected the 64"):
+        train.main([*mixar(runs, tmp_path / "run", "--steps", 1), "--prior", str(tmp_path / "prior.pth")])
 
 
 # ------------------------------------------------------------------ one clear line for what is wrong
