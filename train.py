@@ -37,12 +37,12 @@ from tokenizers import barrier, world
 
 # Length, batch, rates of each model; a warm-up below 1 is a share of the length.
 # tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
-LARGE = dict(mixar=dict(epochs=400, batch=2048, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
+LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
 RECIPES = {
     "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  prior=dict(steps=1200, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=1200, batch=32, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
     "base": LARGE, "large": LARGE, "huge": LARGE,
 }
 CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
@@ -412,7 +412,7 @@ def parse(argv=None):
     g.add_argument("--weight-decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
     g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
-    g.add_argument("--draws", type=int, default=4, help="diffusion draws (t, eps) per token in Eq. 5 [MAR]")
+    g.add_argument("--draws", type=int, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
     g.add_argument("--label-drop", type=float, default=0.1, help="how often the class is withheld, for guidance [MAR]")
     g.add_argument("--clip", type=float, default=CLIP, help="largest gradient norm [MAR]")
     g.add_argument("--ema", type=float, default=EMA, help="decay of the moving average after its warm-up [MAR]")
@@ -425,7 +425,7 @@ def parse(argv=None):
     g.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
     g.add_argument("--save-every", type=int, help="steps between checkpoints (unset: 200, in larger presets 2000)")
-    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 500, in larger presets 20000)")
+    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 1000, in larger presets 20000)")
     g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     args = p.parse_args(argv)
@@ -447,9 +447,10 @@ def parse(argv=None):
     mixar = args.recipe["mixar"]
     args.epochs = args.epochs or mixar.get("epochs")
     args.steps = args.steps or (None if args.epochs else mixar["steps"])
+    args.draws = args.draws or mixar["draws"]
     for name, flag in (("lr", args.lr), ("warmup", args.warmup), ("decay", args.weight_decay)):
         mixar[name] = mixar[name] if flag is None else flag
-    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 500, 20000)):
+    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 1000, 20000)):
         setattr(args, name, (tiny if args.preset == "tiny" else large) if getattr(args, name) is None else getattr(args, name))
     return args
 
