@@ -166,8 +166,7 @@ class MAR(nn.Module):
 
     def discrete(self, x_d):
         """The discrete tokens of DC-SA and DC-CA at the continuous tokens' positions.   (B, N, d_d) -> (B, N, D)"""
-        index = ((x_d > 0).long() << torch.arange(self.d_d, device=x_d.device)).sum(-1)
-        return self.z_proj_ln(self.discrete_emb(index) + self.encoder_pos_embed_learned[:, self.K:])
+        return self.z_proj_ln(self.discrete_emb(mixing.bits_to_codes(x_d)) + self.encoder_pos_embed_learned[:, self.K:])
 
     def run(self, blocks, x, memory):
         """The blocks one after the other; with `recompute` their inner activations are computed again in the backward pass, not kept."""

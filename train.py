@@ -75,7 +75,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
 def prior_loss(model, batch, draw, step, label_drop=0.1):
     """Eq. (3): predict the codes behind a random mask."""
     _, _, x_d, y = batch
-    codes = tokenizers.to_indices(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
+    codes = mixing.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
     mask = backbone.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
     x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
     return backbone.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
