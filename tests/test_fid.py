@@ -1,6 +1,6 @@
 """fid.py: the measures against literals, closed forms and reference numbers; every kind of input end to end; every error as one line.
 
-`golden/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it.
+`golden_data/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it.
 """
 import gzip
 import json
@@ -19,7 +19,7 @@ import fid
 import sample
 import tokenizers
 
-GOLDEN = np.load(Path(__file__).resolve().parent / "golden" / "fid.npz")
+GOLDEN = np.load(Path(__file__).resolve().parent / "golden_data" / "fid.npz")
 
 
 def moments(x):
