@@ -437,12 +437,12 @@ def gather(mine):
 @torch.no_grad()
 def measure(pictures, note, extractor, args, through=lambda batch: batch):
     """Stream pictures (see open_pictures) through the extractor -> dict(mu, sigma, n, extractor, note, features if --kid), None but in process 0."""
-    (rank, ranks), start = world(), time.time()
+    rank, start = world()[0], time.time()
     statistics, rows, skipped = Statistics(extractor.width), [], []
     numbered = enumerate(tqdm(pictures, desc=note["source"], unit="img", leave=False, disable=rank > 0 or None))
     while some := list(islice(numbered, args.batch_size)):
         skipped += [p for _, p in some if isinstance(p, str)]
-        if good := [(i * ranks + rank, p) for i, p in some if not isinstance(p, str)]:
+        if good := [(i, p) for i, p in some if not isinstance(p, str)]:
             fitted = [fit(p, extractor.size) for p in through([p for _, p in good])]
             if len({p.shape for p in fitted}) > 1:
                 raise SystemExit(f"{note['source']}: its pictures differ in size; crop them all by --size")
@@ -460,7 +460,7 @@ def measure(pictures, note, extractor, args, through=lambda batch: batch):
     if statistics.n <= (1 if args.force else extractor.width):
         raise SystemExit(f"{note['source']}: {statistics.n} pictures are too few for a covariance of {extractor.width} features; "
                          f"take more than {extractor.width}{'' if args.force else ', or --force it'}")
-    _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))
+    _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))        # stable: process 0's picture i, process 1's, ...
     note |= dict(count=statistics.n, skipped=skipped, seconds=round(time.time() - start, 2))
     if statistics.n >= 10:
         note[extractor.score] = dict(zip(("mean", "deviation"), inception_score(logits))) | dict(splits=10, shuffle=2020)
@@ -562,7 +562,8 @@ def tell(report, start, args):
     """Print a line for each result, and write or print the whole."""
     for r in report["results"]:
         distance = f"{report['metric']} to {r['to']}: {r['frechet_distance']:.4g}" if "to" in r else report["metric"]
-        kid = "; KID {mean:.4g} +- {deviation:.2g}".format(**r["kernel_distance"]) if "kernel_distance" in r else ""
+        kernel = "KID" if report["metric"].startswith("FID") else "kernel distance"
+        kid = "; {0} {mean:.4g} +- {deviation:.2g}".format(kernel, **r["kernel_distance"]) if "kernel_distance" in r else ""
         score = "".join(f"; {name} {r[key]['mean']:.3f} +- {r[key]['deviation']:.3f}" for name, key in (("IS", "inception_score"), ("IS(classifier)", "classifier_score")) if key in r)
         print(f"{r['source']} ({r['count']}): {distance}{kid}{score}")
     report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))

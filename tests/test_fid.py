@@ -213,6 +213,14 @@ def test_tf1_resize_by_hand():
     assert fid.resize_tf1(x, 4)[0, 0].tolist() == [[0, 2, 4, 4], [4, 6, 8, 8], [8, 10, 12, 12], [8, 10, 12, 12]]
 
 
+def test_shrinking_does_not_smooth(inception):
+    """From twice the size both programs look at neighbours only: torch-fidelity at every second pixel, pytorch-fid at the mean of 2 x 2."""
+    images = torch.randint(0, 256, (1, 3, 598, 598), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tf, pf = (watched(inception, resize, images)["input"] for resize in ("torch-fidelity", "pytorch-fid"))
+    assert torch.equal(tf, (images[..., ::2, ::2] - 128.0) / 128)
+    torch.testing.assert_close(pf, torch.nn.functional.avg_pool2d(images / 255.0, 2) * 2 - 1, atol=1e-5, rtol=0)
+
+
 def small_file(path, layout):
     """A file of that layout, {key: shape}, that takes little room: every entry repeats one number."""
     torch.save({key: torch.ones(()).expand(shape) for key, shape in layout.items()}, path)
