@@ -5,7 +5,7 @@ in constant memory, `open_pictures` reads a run, a folder, an npz file or a data
 whose distance is FID, or from a small classifier trained on the data set, whose distance is never called FID.
 
 Reads runs and pictures through sample.py and tokenizers.py, writes json. The last file; read tests/ next.
-Try: python fid.py runs/shapes-dcmix shapes
+Try: python fid.py runs/shapes-dcmix shapes; under torchrun the processes share the pictures
 
 B batch, n pictures, d features, K classes; all statistics are float64.
 """
@@ -227,7 +227,7 @@ def load_extractor(path, args, size):
     model, digits = Inception(args.resize), hashlib.sha256(Path(path).read_bytes()).hexdigest()
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}  # the released file has none
     sample.load_weights(model, counters | saved, path)
-    model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else f'with the weights {digits[:16]}'}, resize of {args.resize}"
+    model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
     model.about = dict(name=model.name, file=str(path), sha256=digits, width=model.width, size=size)
     model.size, model.samples, model.score = size, 50000, "inception_score"
     return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
@@ -331,9 +331,7 @@ def kind_of(what):
     return "data" if len(inside) > 1 and all(p.is_dir() for p in inside) else "folder"
 
 
-@lru_cache(2)
-def open_run(run, device, weights):
-    return sample.System(run, device, weights)
+open_run = lru_cache(2)(sample.System)                                       # (run, device, weights)
 
 
 def draw_run(system, numbers, settings, args):
@@ -538,7 +536,7 @@ def evaluate(args):
         gather(None)
     if extractor:                                                            # statistics beside pictures are Inception's: other features take the pictures
         theirs = not args.kid and args.resize == "torch-fidelity"
-        saved = {what: s for what, s in saved.items() if not s["pictures"] or theirs and len(s["mu"]) == extractor.width}
+        saved = {what: s for what, s in saved.items() if not s["pictures"] or theirs and s["mu"].size == extractor.width}
     one = lambda what, count: saved.get(what) or measure(*open_pictures(what, count, extractor, args), extractor, args)
     reference = args.reference and one(args.reference, args.reference_count)
     pairs = [(one(args.pictures, args.count), reference)]

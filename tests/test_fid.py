@@ -471,11 +471,13 @@ def test_fid_of_a_run_and_a_reference_of_adm(world, inception, released, measure
     line = capsys.readouterr().out.splitlines()[0]
     assert "FID to" in line and "; IS " in line and "not FID" not in line
     assert measured("samples.npz", str(reference))["results"][0]["frechet_distance"] < 1e-8
-    small = tmp_path / "small.npz"
+    few, small = tmp_path / "few.npz", tmp_path / "small.npz"
+    np.savez(few, arr_0=blobs(4))
     np.savez(small, arr_0=blobs(4), mu=np.ones(2048), sigma=np.ones(1))
-    report = measured(str(small), str(small), "--features", str(released), "--resize", "pytorch-fid", "--kid", "--force", features=False)
-    assert report["metric"] == "FID (pytorch-fid's)" and report["reference"]["kind"] == "npz"
-    assert report["results"][0]["frechet_distance"] == 0 and report["results"][0]["kernel_distance"]["size"] == 4
+    for flags, name in ((["--resize", "pytorch-fid"], "FID (pytorch-fid's)"), (["--kid"], "FID")):
+        report = measured(str(few), str(small), "--features", str(released), *flags, "--force", features=False)
+        assert report["metric"] == name and report["reference"]["kind"] == "npz" and report["results"][0]["frechet_distance"] == 0
+    assert report["results"][0]["kernel_distance"]["size"] == 4
 
 
 def test_inception_takes_pictures_as_they_are_or_cropped(world, inception, released, measured, tmp_path):
