@@ -121,7 +121,7 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, maskbit) for j in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(attn))
-        self.resize = {None: nn.Identity(), "halve": nn.Conv2d(c_out, c_out, 3, stride=2), "double": nn.Conv2d(c_out, c_out, 3, padding=1)}[resize]
+        self.resize = nn.Conv2d(c_out, c_out, 3, **(dict(stride=2) if resize == "halve" else dict(padding=1))) if resize else nn.Identity()
         self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
