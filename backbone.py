@@ -30,7 +30,7 @@ PRESETS = {
     "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8, groups=1),
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
                  prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
-                 sampling=dict(ar_steps=16, diffusion_steps=25, cfg=1.0, cfg_schedule="linear", temperature=0.9, bound=5.0,
+                 sampling=dict(ar_steps=8, diffusion_steps=25, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
                                prior_steps=24, prior_cfg=3.0, prior_power=1.0, prior_temperature=1.5)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
                  mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
@@ -166,8 +166,7 @@ class MAR(nn.Module):
 
     def discrete(self, x_d):
         """The discrete tokens of DC-SA and DC-CA at the continuous tokens' positions.   (B, N, d_d) -> (B, N, D)"""
-        index = ((x_d > 0).long() << torch.arange(self.d_d, device=x_d.device)).sum(-1)
-        return self.z_proj_ln(self.discrete_emb(index) + self.encoder_pos_embed_learned[:, self.K:])
+        return self.z_proj_ln(self.discrete_emb(mixing.bits_to_codes(x_d)) + self.encoder_pos_embed_learned[:, self.K:])
 
     def run(self, blocks, x, memory):
         """The blocks one after the other; with `recompute` their inner activations are computed again in the backward pass, not kept."""

@@ -93,6 +93,11 @@ def sample_codes(logits, u):
     return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
 
+def bits_to_codes(bits):
+    """bits (..., e) in {-1, +1} -> int64 (...), the first least significant.   [MaskBit]"""
+    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
 def codes_to_bits(codes, e):
     """Codes of e bits each, least significant first, as -1/+1; the mask code 2^e gives zeros.   [MaskBit]
 

@@ -29,8 +29,9 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from torch.nn.functional import pad as zero_pad
 from tqdm import tqdm
 
-# ------------------------------------------------------------------ files: saved whole or not at all; processes
+from mixing import bits_to_codes, codes_to_bits
 
+# ------------------------------------------------------------------ files: saved whole or not at all; processes
 
 def world():
     """This process's rank and how many there are."""
@@ -63,7 +64,6 @@ def fingerprint(module):
 
 
 # ------------------------------------------------------------------ both autoencoders
-
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -179,7 +179,6 @@ class Decoder(nn.Sequential):
 
 # ------------------------------------------------------------------ x_c: the KL-VAE (VA-VAE, KL-16)
 
-
 class KLVAE(nn.Module):
     """x_c = VAE(I) of Eq. (7).   [VA-VAE] [MAR]
 
@@ -216,7 +215,6 @@ def kl_to_normal(mean, logvar):
 
 # ------------------------------------------------------------------ x_d: the bit tokenizer (MaskBit)
 
-
 class BitVQ(nn.Module):
     """x_d = VQVAE(I) of Eq. (7): every token is `bits` signs, no codebook is learned.   [MaskBit]"""
 
@@ -225,9 +223,8 @@ class BitVQ(nn.Module):
         widths = [width * k for k in mult]
         self.encoder, self.decoder = Encoder(widths, blocks, bits, maskbit=True), Decoder(widths, blocks, bits, attn=False, maskbit=True)
         self.quantize = nn.Module()
-        powers = 2 ** torch.arange(bits, dtype=torch.int32)
-        self.quantize.register_buffer("bits_to_indices", powers)
-        self.quantize.register_buffer("codebook", to_bits(torch.arange(2 ** bits), bits))
+        self.quantize.register_buffer("bits_to_indices", 2 ** torch.arange(bits, dtype=torch.int32))
+        self.quantize.register_buffer("codebook", codes_to_bits(torch.arange(2 ** bits)[:, None], bits))
         set_groups(self, groups)
 
     def encode(self, images):
@@ -242,16 +239,6 @@ class BitVQ(nn.Module):
 def quantise(z):
     """The sign of every channel, zero giving -1; any shape."""
     return torch.where(z > 0, 1.0, -1.0)
-
-
-def to_indices(x_d):
-    """bits (..., K) -> int64 (...), channel 0 least significant."""
-    return ((x_d > 0).long() << torch.arange(x_d.shape[-1], device=x_d.device)).sum(-1)
-
-
-def to_bits(indices, bits):
-    """int (...) -> float (..., bits) in {-1, +1}, channel 0 least significant."""
-    return (indices[..., None].long() >> torch.arange(bits, device=indices.device) & 1).float() * 2 - 1
 
 
 def quantiser_losses(z, codebook, all_mean=lambda q: q):
@@ -269,7 +256,6 @@ def quantiser_losses(z, codebook, all_mean=lambda q: q):
 
 
 # ------------------------------------------------------------------ images
-
 
 def center_crop(image, size):
     """ADM's centre crop of a Pillow image: halve with BOX while twice too large, resize BICUBIC, crop.   [MAR]"""
@@ -301,22 +287,17 @@ class Folder:
     mirror = True                                                            # horizontal flips are cached too [MAR]
 
     def __init__(self, root, split, size):
-        parts = {"train": ("train",), "test": ("val", "test")}[split]
-        sub = [Path(root) / part for part in parts if (Path(root) / part).is_dir()]
-        if not sub and split == "test":
-            raise LookupError(f"{root}: no held-out pictures (no folder val or test)")
-        root, self.size = (sub or [Path(root)])[0], size
+        names, self.size = dict(train=["train"], test=["val", "test"])[split], size
+        root = next((root / name for name in names if (root / name).is_dir()), root if split == "train" else None)
+        if root is None:
+            raise LookupError("no held-out pictures (no folder val or test)")
         self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        self.files, labels = [], []
-        for label, name in enumerate(self.classes):
-            files = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not files:
-                raise SystemExit(f"{root / name}: this class folder holds no pictures; remove it or fill it")
-            self.files += files
-            labels += [label] * len(files)
-        if not self.files:
+        files = [sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS) for name in self.classes]
+        if not files:
             raise SystemExit(f"{root}: no class folders with pictures and no MNIST-family idx files found")
-        self.labels = np.array(labels)
+        if [] in files:
+            raise SystemExit(f"{root / self.classes[files.index([])]}: this class folder holds no pictures; remove it or fill it")
+        self.files, self.labels = sum(files, []), np.repeat(np.arange(len(files)), [len(some) for some in files])
 
     def read(self, i):
         """uint8 (3, size, size), or the reason why not as text."""
@@ -342,25 +323,25 @@ class Idx:
     mirror = False                                                           # digits and shoes point one way
 
     def __init__(self, root, split, size):
-        prefix = {"train": "train", "test": "t10k"}[split]
-        found = [sorted(Path(root).glob(f"{prefix}-{what}*ubyte*")) for what in ("images", "labels")]
+        prefix = dict(train="train", test="t10k")[split]
+        found = [sorted(root.glob(f"{prefix}-{what}*ubyte*")) for what in ("images", "labels")]
         if not any(found) and split == "test":
-            raise LookupError(f"{root}: no held-out pictures (no t10k files)")
+            raise LookupError("no held-out pictures (no t10k files)")
         if not all(found):
             raise SystemExit(f"{root}: needs {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (.gz or not)")
-        self.images, self.labels = (read_idx(paths[0]) for paths in found)
-        if self.images.ndim != 3 or len(self.images) != len(self.labels):
-            raise SystemExit(f"{found[0][0]}: {self.images.shape} pictures for {self.labels.shape} labels")
-        names = ("t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
-                 if "fashion" in str(root).lower() else [str(k) for k in range(int(self.labels.max()) + 1)])
-        self.classes, self.size, self.labels = names, size, self.labels.astype(np.int64)
+        (self.images, labels), self.size = (read_idx(paths[0]) for paths in found), size
+        if self.images.ndim != 3 or len(self.images) != len(labels):
+            raise SystemExit(f"{found[0][0]}: {self.images.shape} pictures for {labels.shape} labels")
+        clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+        self.classes = clothes if "fashion" in str(root).lower() else [str(k) for k in range(int(labels.max()) + 1)]
+        self.labels = labels.astype(np.int64)
 
     def read(self, i):
-        image, edge = self.images[i], self.size - max(self.images.shape[1:])
-        if edge < 0:
+        image = self.images[i]
+        if max(image.shape) > self.size:
             image = np.asarray(center_crop(Image.fromarray(image), self.size))
-        rest = [(s // 2, s - s // 2) for s in (self.size - image.shape[0], self.size - image.shape[1])]
-        return np.broadcast_to(np.pad(image, rest), (3, self.size, self.size))
+        edges = [((self.size - side) // 2, (self.size - side + 1) // 2) for side in image.shape]
+        return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
 
 
 class Shapes:
@@ -418,15 +399,14 @@ def open_source(data, split, size, count):
     elif not Path(data).is_dir():
         raise SystemExit(f"--data {data}: no such folder; give class folders, MNIST-family idx files, or shapes")
     else:
-        source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(data, split, size)
+        source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(Path(data), split, size)
         keep = np.random.RandomState(0).permutation(len(source.labels))[:count] if count else np.arange(len(source.labels))
         source.read, source.labels = (lambda i, read=source.read: read(keep[i])), source.labels[keep]
-    source.made_from = dict(data=data if data == "shapes" else str(Path(data).resolve()), split=split, size=size, count=count)
+    source.made_from = dict(data=data if data == "shapes" else str(Path(data).resolve()), split=split, size=size, pictures=len(source.labels))
     return source
 
 
 # ------------------------------------------------------------------ caches: pixels and tokens of every picture
-
 
 def fill(folder, source, arrays, make, batch=64, **made_with):
     """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together.
@@ -436,16 +416,18 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
     SystemExit if `folder` was made from something else, or if no picture can be read.
     """
     (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
-    meta = read_meta(folder, made_from)
+    meta = read_meta(folder)
+    if meta.get("made_from", made_from) != made_from:
+        raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
     barrier()                                                                # everybody has looked
-    if meta and meta["complete"]:
+    if meta.get("complete"):
         return meta
     if rank == 0 and not meta:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (dtype, shape) in (arrays | {"status": (np.uint8, ())}).items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (n, *shape))          # zeros; takes no space yet
         np.save(folder / "labels.npy", source.labels)
-        write_json(folder / "meta.json", dict(made_from=made_from, classes=source.classes, complete=False))
+        write_meta(folder, dict(made_from=made_from, classes=source.classes, complete=False))
     barrier()
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*arrays, "status")}
     bar = tqdm(total=n, desc=f"{folder.name:6}", unit="img", disable=rank > 0, initial=int((files["status"] > 0).sum()))
@@ -467,23 +449,18 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
     if rank == 0:
         if skipped:
             print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
-        write_json(folder / "meta.json", read_meta(folder, made_from) | dict(complete=True, skipped=skipped))
+        write_meta(folder, read_meta(folder) | dict(complete=True, skipped=skipped))
     barrier()
-    return read_meta(folder, made_from)
+    return read_meta(folder)
 
 
-def read_meta(folder, made_from):
-    """folder/meta.json, or None if there is none. SystemExit if it says that something else than `made_from` lies there."""
-    if not (folder / "meta.json").is_file():
-        return None
-    meta = json.loads((folder / "meta.json").read_text())
-    if meta["made_from"] != made_from:
-        raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
-    return meta
+def read_meta(folder):
+    path = Path(folder) / "meta.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_json(path, what):
-    write_whole(path, lambda file: file.write(json.dumps(what, indent=1).encode()))
+def write_meta(folder, meta):
+    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
 
 class Images:
@@ -513,7 +490,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=64):
     def make(pictures):
         x = torch.tensor(pictures).to(device).float() / 255
         x = torch.stack([x, x.flip(3)][:F], dim=1).flatten(0, 1)             # (b F, 3, H, W)
-        moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), to_indices(quantise(vq.encode(x)).movedim(1, -1))
+        moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), bits_to_codes(quantise(vq.encode(x)).movedim(1, -1))
         return {"moments": moments.unflatten(0, (-1, F)).float().cpu().numpy(), "indices": index.unflatten(0, (-1, F)).cpu().numpy()}
 
     folder, F, h, bits = Path(folder), 1 + source.mirror, source.size >> len(vae.encoder.down) - 1, vq.quantize.codebook.shape[1]
@@ -529,7 +506,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=64):
             total = total + torch.stack([x_c, x_c.square()]).sum((1, 3, 4))  # (2, d_c)
         mean = total[0] / n
         std = ((total[1] - n * mean.square()) / (n - 1)).sqrt()
-        write_json(folder / "meta.json", meta | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
+        write_meta(folder, meta | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
     barrier()
 
 
@@ -537,15 +514,12 @@ class Tokens:
     """The cache of `cache_tokens`. n pictures with labels (n,), classes. SystemExit if other tokenizers than `vae`, `vq` made it."""
 
     def __init__(self, folder, vae, vq):
-        folder = Path(folder)
-        if not (folder / "meta.json").is_file():
-            raise SystemExit(f"{folder}: no token cache; make it with --stage cache")
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.made_by, expected = [self.meta["made_from"][k] for k in ("vae", "vq")], [fingerprint(vae), fingerprint(vq)]
+        self.meta, expected, folder = read_meta(folder), [fingerprint(vae), fingerprint(vq)], Path(folder)
+        if "mean" not in self.meta:
+            raise SystemExit(f"{folder}: the token cache is not complete; make it with --stage cache")
+        self.made_by = [self.meta["made_from"][kind] for kind in ("vae", "vq")]
         if self.made_by != expected:
             raise SystemExit(f"{folder} was made by tokenizers {self.made_by}, not by {expected}; remove it to make it again")
-        if "mean" not in self.meta:
-            raise SystemExit(f"{folder}: the token cache is not complete; go on with --stage cache")
         self.moments, self.indices, labels, status = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "indices", "labels", "status"))
         self.rows, self.classes = np.flatnonzero(status == 1), self.meta["classes"]
         self.labels, self.n = labels[self.rows], len(self.rows)
@@ -556,5 +530,5 @@ class Tokens:
         picture, u = index
         rows, flip = self.rows[picture], (u * self.indices.shape[1]).astype(int)
         mean, logvar = torch.tensor(self.moments[rows, flip]).float().flatten(2).transpose(1, 2).chunk(2, dim=2)
-        x_d = to_bits(torch.tensor(self.indices[rows, flip]).flatten(1), self.meta["bits"])
+        x_d = codes_to_bits(torch.tensor(self.indices[rows, flip]).flatten(1)[..., None], self.meta["bits"])
         return (mean - self.mean) / self.std, (0.5 * logvar).exp() / self.std, x_d

@@ -37,12 +37,12 @@ from tokenizers import barrier, world
 
 # Length, batch, rates of each model; a warm-up below 1 is a share of the length.
 # tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
-LARGE = dict(mixar=dict(epochs=400, batch=2048, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
+LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
 RECIPES = {
     "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
                  prior=dict(steps=1200, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=1200, batch=32, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
     "base": LARGE, "large": LARGE, "huge": LARGE,
 }
 
@@ -55,7 +55,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
     batch: mean, deviation of x_c (B, N, d_c), x_d (B, N, d_d), y (B,); draw(f, *shape): f's random numbers (B, *shape).
     """
     mean, std, x_d, y = batch
-    (N, d_c), R = mean.shape[1:], args.draws
+    (N, d_c), recipe = mean.shape[1:], args.recipe["mixar"]
     x_c = mean + std * draw(torch.randn, N, d_c)                             # (B, N, d_c)   Eq. (7), cached moments
     ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
     m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
@@ -63,10 +63,10 @@ def mixar_loss(model, batch, draw, step, prior, args):
     x_g = x_d
     if args.ti_mix:
         x_hat = mixing.predict_masked(prior, x_d, m, y, draw(torch.rand, N, prior.splits))   # Eqs. (10), (11)
-        lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
+        lam = mixing.ti_lambda(step, recipe["steps"])
         x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), lam)         # Eq. (12)
     z = model(x_c, x_g, m, y, drop)                                          # (B, N, D)     Eqs. (6), (9)
-    hidden = int(m[0].sum())                                                 # N'
+    R, hidden = recipe["draws"], int(m[0].sum())                             # N'
     t = (draw(torch.rand, R, hidden) * 1000).long().transpose(0, 1).flatten(1)           # (R, B N')
     noise = draw(torch.randn, R, hidden, d_c).transpose(0, 1).flatten(1, 2)              # (R, B N', d_c)
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
@@ -75,7 +75,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
 def prior_loss(model, batch, draw, step, label_drop=0.1):
     """Eq. (3): predict the codes behind a random mask."""
     _, _, x_d, y = batch
-    codes = tokenizers.to_indices(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
+    codes = mixing.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
     mask = backbone.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
     x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
     return backbone.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
@@ -412,7 +412,7 @@ def parse(argv=None):
     g.add_argument("--weight-decay", dest="mixar_decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
     g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
-    g.add_argument("--draws", type=int, default=4, help="diffusion draws (t, eps) per token in Eq. 5 [MAR]")
+    g.add_argument("--draws", dest="mixar_draws", type=int, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
     g.add_argument("--label-drop", type=float, default=0.1, help="how often the class is withheld, for guidance [MAR]")
     g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm [MAR]")
     g.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average after its warm-up [MAR]")
@@ -425,7 +425,7 @@ def parse(argv=None):
     g.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
     g.add_argument("--save-every", type=int, help="steps between checkpoints (unset: 200, in larger presets 2000)")
-    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 500, in larger presets 20000)")
+    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 1000, in larger presets 20000)")
     g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     return settle(p.parse_args(argv))
@@ -447,11 +447,11 @@ def settle(args):
     if args.mixar_epochs:
         args.recipe["mixar"].pop("steps", None)
     for kind, recipe in args.recipe.items():
-        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "lr", "warmup", "decay")} | dict(batch=args.batch_size)
+        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup", "decay")} | dict(batch=args.batch_size)
         recipe |= {name: flag for name, flag in flags.items() if flag is not None}
         if "per" in recipe and flags["lr"] is None:
             recipe["lr"] *= recipe["batch"] / recipe["per"]
-    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 500, 20000)):
+    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 1000, 20000)):
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.preset == "tiny" else large)
     return args

@@ -408,9 +408,9 @@ def test_golden_bit_conversions(bit):
     """Index, bits (least significant first) and the two codes of every token, for 6 and for 14 bits."""
     for name, K in (("conv", 6), ("conv14", 14)):
         index, codes, bits = bit[f"{name}_index"], bit[f"{name}_split"], bit[f"{name}_bits"]
-        assert torch.equal(tokenizers.to_bits(index, K), bits)
-        assert torch.equal(tokenizers.to_indices(bits), index)
-        assert torch.equal(tokenizers.to_indices(bits.unflatten(-1, (2, K // 2))), codes)
+        assert torch.equal(mixing.codes_to_bits(index[..., None], K), bits)
+        assert torch.equal(mixing.bits_to_codes(bits), index)
+        assert torch.equal(mixing.bits_to_codes(bits.unflatten(-1, (2, K // 2))), codes)
         assert torch.equal(mixing.codes_to_bits(codes, K // 2), bits)
     assert tiny_prior(False).bits_to_indices.equal(bit["bits_to_indices"])
 
@@ -505,7 +505,7 @@ def test_golden_prior_sampler(bit, name, steps, guidance):
     expected = mixing.codes_to_bits(bit[f"{name}_inputs"].flatten(0, 1), 3).unflatten(0, (steps, 3))
     for i, x in enumerate(seen):
         assert torch.equal(x, expected[i]), f"what the model sees in step {i}"
-    assert torch.equal(tokenizers.to_indices(bits), bit[f"{name}_tokens"])
+    assert torch.equal(mixing.bits_to_codes(bits), bit[f"{name}_tokens"])
 
 
 @pytest.mark.parametrize("steps", [8, 64, 256])

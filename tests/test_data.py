@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import mixing
 import tokenizers
 from backbone import PRESETS
 
@@ -231,7 +232,7 @@ def test_two_processes_fill_one_cache(tmp_path):
 
 
 def test_indices_and_bits_are_inverse_least_significant_first():
-    assert tokenizers.to_bits(torch.tensor([1, 6]), 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
+    assert mixing.codes_to_bits(torch.tensor([1, 6])[..., None], 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
     index = torch.arange(256)
-    assert (tokenizers.to_indices(tokenizers.to_bits(index, 8)) == index).all()
+    assert (mixing.bits_to_codes(mixing.codes_to_bits(index[..., None], 8)) == index).all()
     assert tokenizers.quantise(torch.tensor([0.0, 1e-9, -3.0])).tolist() == [-1, 1, -1]

@@ -185,6 +185,7 @@ def test_accumulation_gives_the_gradients_of_the_undivided_batch(tmp_path, kind)
     args, found = train.parse(["--amp", "fp32", "--clip", "1e9"]), []
     for parts in (1, 4):
         draws = [train.Draw(0, 5, 8, torch.device("cpu"), part, parts) for part in range(parts)]
+        assert [i for draw in draws for i in range(8)[draw.rows]] == list(range(8))
         batches = [(batch_of(kind, draw.rows), draw) for draw in draws]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         value, norm, taken = train.update(args, train.Loss(model, loss), model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, 5)
@@ -294,7 +295,7 @@ def test_larger_presets_follow_mars_recipe():
     assert smaller["lr"] == pytest.approx(2e-4) and smaller["steps"] == 70
     assert recipe("--preset", "base", *files, "--lr", "0.1", "--weight-decay", "0")["lr"] == 0.1
     assert recipe("--weight-decay", "0", "--warmup", "0")["decay"] == 0 and recipe("--warmup", "0")["warmup"] == 0
-    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == 1200
+    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == train.RECIPES["tiny"]["mixar"]["steps"]
 
 
 def test_epochs_are_passes_over_the_pictures(runs, tmp_path):
