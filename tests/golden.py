@@ -1,9 +1,10 @@
 """Reference numbers, and the weights behind them.
 
 `golden_data/*.npz` hold what the public implementations compute for tiny models: LTH14/mar fe470ac,
-markweberdev/maskbit 5ea3d73, hustvl/LightningDiT 2725fed (PyTorch 2.14 on CPU, float32). They hold no
-weights: every weight follows from its name and shape, see `weight`. `golden_data/tiny_layouts/*.json` are the
-parameter names and shapes of those models.
+markweberdev/maskbit 5ea3d73, hustvl/LightningDiT 2725fed, toshas/torch-fidelity 5e211a9 and mseitzer/pytorch-fid
+b9c1811 (PyTorch 2.14 on CPU, float32). They hold no weights: every weight follows from its name and shape, see
+`weight`. `golden_data/tiny_layouts/*.json` are the parameter names and shapes of those models, `golden_data/layouts/`
+of full-size ones.
 """
 import json
 import zlib

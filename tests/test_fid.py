@@ -1,9 +1,16 @@
 """fid.py: the measures against literals, closed forms and reference numbers; every kind of input end to end; every error as one line.
 
-`golden/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it.
+`golden_data/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it,
+`golden_data/inception.npz` what their Inception does under the weights of golden.py.
 """
 import gzip
+import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +23,12 @@ from PIL import Image
 
 import backbone
 import fid
+import golden
 import sample
 import tokenizers
 
-GOLDEN = np.load(Path(__file__).resolve().parent / "golden" / "fid.npz")
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = np.load(golden.FOLDER / "fid.npz")
 
 
 def moments(x):
@@ -91,6 +100,43 @@ def test_statistics_survive_a_large_mean():
     np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), atol=1e-6)
 
 
+def test_statistics_of_parts_merge_to_those_of_the_whole():
+    """Parts of unequal sizes and means, one of them empty, on either side."""
+    x = np.float64(GOLDEN["feat1"]) + np.arange(500)[:, None]
+    whole = fid.Statistics(32)
+    for part in np.split(x, [0, 30, 31]):
+        other = fid.Statistics(32)
+        if len(part):
+            other.add(part)
+        whole.merge(other.n, other.mean, other.scatter)
+    assert whole.n == 500
+    np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(whole.covariance(), np.cov(x, rowvar=False), rtol=1e-9)
+
+
+# ------------------------------------------------------------------ the kernel distance
+
+def test_kernel_distance_golden():
+    """torch-fidelity's KID, with random subsets and with all rows, where only the unbiased estimate counts."""
+    a, b = GOLDEN["feat1"], GOLDEN["feat2"]
+    assert fid.kernel_distance(a, b, 10, 200) == pytest.approx(tuple(GOLDEN["kid_poly3_10x200_seed2020"]), rel=1e-5)
+    assert fid.kernel_distance(a, b, 1, 500) == pytest.approx(tuple(GOLDEN["kid_poly3_1x500"]), rel=1e-5, abs=1e-9)
+
+
+def test_kernel_distance_by_hand():
+    """Rows 0, 1 against 1, 2 in one dimension: k = (x y + 1)^3; the self terms leave out i = j, the cross term keeps all."""
+    expected = 1 + 27 - 2 * (1 + 1 + 8 + 27) / 4
+    assert fid.kernel_distance(np.array([[0], [1]]), np.array([[1], [2]]), 3, 2) == pytest.approx((expected, 0))
+
+
+def test_kernel_distance_draws_by_its_seed_and_refuses_too_large_subsets():
+    a, b = GOLDEN["feat1"], GOLDEN["feat2"]
+    assert fid.kernel_distance(a, b, 2, 50) == fid.kernel_distance(a, b, 2, 50, 2020) != fid.kernel_distance(a, b, 2, 50, 1)
+    for size in (501, 1):
+        with pytest.raises(ValueError):
+            fid.kernel_distance(a, b, 2, size)
+
+
 # ------------------------------------------------------------------ the inception score
 
 @pytest.mark.parametrize("key, splits, shuffle", [("isc_splits10_noshuffle", 10, None), ("isc_splits10_shuffle2020", 10, 2020),
@@ -109,6 +155,134 @@ def test_inception_score_counts_certain_and_balanced_classes():
     assert fid.inception_score(np.zeros((20, 4)), 2) == pytest.approx((1, 0))
     with pytest.raises(ValueError):
         fid.inception_score(np.zeros((9, 4)), 10)
+
+
+# ------------------------------------------------------------------ Inception
+
+@pytest.fixture(scope="module")
+def inception():
+    return golden.fill(fid.Inception()).requires_grad_(False)
+
+
+def blocks_and_noise(seed, S):
+    """The pictures of inception.npz, uint8 (2, 3, S, S)."""
+    random = np.random.RandomState(seed)
+    blocks, noise = random.randint(0, 256, (2, 3, 8, 8)), random.randint(0, 256, (2, 3, S, S))
+    return torch.tensor(np.uint8((3 * blocks.repeat(S // 8, 2).repeat(S // 8, 3) + noise) // 4))
+
+
+def watched(model, resize, images):
+    """Run the model -> name of a layer: its output; input: the prepared pictures; features and logits."""
+    seen, model.resize = {}, resize
+    hooks = [model.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, given: seen.update(input=given[0]))]
+    for name in ("pool1", "pool2", "Mixed_6e"):
+        hooks.append(model.get_submodule(name).register_forward_hook(lambda _, given, out, name=name: seen.update({name: out.mean((2, 3))})))
+    seen["features"], seen["logits"] = model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_inception_golden(inception):
+    """Both programs' pictures after resizing, features at four depths and logits, for small and large pictures: every array of the file."""
+    expected, found = golden.load("inception"), {}
+    for S in (64, 256):
+        found[f"image{S}_seed"] = expected[f"image{S}_seed"]
+        images = blocks_and_noise(int(found[f"image{S}_seed"]), S)
+        before = images.clone()
+        found |= {f"image{S}_corner": images[..., :4, :4], f"image{S}_sum": images.long().sum((1, 2, 3))}
+        tf, pf = (watched(inception, resize, images) for resize in ("torch-fidelity", "pytorch-fid"))
+        x, y = tf["input"] * 128 + 128, (pf["input"] + 1) / 2
+        found |= {f"resized{S}_mean": x.double().mean((2, 3)), f"resized{S}_std": x.double().flatten(2).std(2),
+                  f"resized{S}_corner_top_left": x[..., :8, :8], f"resized{S}_corner_bottom_right": x[..., -8:, -8:],
+                  f"tf_64_{S}": tf["pool1"], f"tf_192_{S}": tf["pool2"], f"tf_768_{S}": tf["Mixed_6e"], f"tf_2048_{S}": tf["features"],
+                  f"tf_logits_unbiased_{S}": tf["logits"], f"tf_logits_{S}": inception.fc(tf["features"]),
+                  f"pf_resized{S}_corner_top_left": y[..., :8, :8], f"pf_768_{S}": pf["Mixed_6e"], f"pf_2048_{S}": pf["features"]}
+        assert (images == before).all()
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        if value.is_floating_point():
+            assert golden.difference(found[key], value) < 1e-5, key
+        else:
+            assert (found[key] == value).all(), key
+
+
+def test_tf1_resize_by_hand():
+    """Two columns to four without half a pixel's offset: at 0, 0.5, 1, 1.5, the last clamped; rows are another axis."""
+    x = torch.tensor([[0., 4.], [8., 12.]])[None, None]
+    assert fid.resize_tf1(x, 4)[0, 0].tolist() == [[0, 2, 4, 4], [4, 6, 8, 8], [8, 10, 12, 12], [8, 10, 12, 12]]
+
+
+def test_shrinking_does_not_smooth(inception):
+    """From twice the size both programs look at neighbours only: torch-fidelity at every second pixel, pytorch-fid at the mean of 2 x 2."""
+    images = torch.randint(0, 256, (1, 3, 598, 598), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tf, pf = (watched(inception, resize, images)["input"] for resize in ("torch-fidelity", "pytorch-fid"))
+    assert torch.equal(tf, (images[..., ::2, ::2] - 128.0) / 128)
+    torch.testing.assert_close(pf, torch.nn.functional.avg_pool2d(images / 255.0, 2) * 2 - 1, atol=1e-5, rtol=0)
+
+
+def small_file(path, layout):
+    """A file of that layout, {key: shape}, that takes little room: every entry repeats one number."""
+    torch.save({key: torch.ones(()).expand(shape) for key, shape in layout.items()}, path)
+    return path
+
+
+def options(**more):
+    return SimpleNamespace(**dict(resize="torch-fidelity", device="cpu") | more)
+
+
+@pytest.mark.parametrize("name", ["inception_fid", "inception_torch_fidelity", "inception_released_file"])
+def test_inception_loads_the_official_layouts(tmp_path, name):
+    """With and without num_batches_tracked; every other parameter of the model comes from the file."""
+    layout = golden.layout(name, "layouts")
+    model = fid.load_extractor(small_file(tmp_path / "w.pth", layout), options(), None)
+    assert {k: list(v.shape) for k, v in model.state_dict().items() if k in layout} == layout
+    assert all((v == 1).all() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked"))
+    assert set(golden.layout("inception_fid", "layouts")) == set(model.state_dict()) and not model.training
+
+
+def test_other_files_than_inception_are_refused_in_one_line(tmp_path):
+    layout = golden.layout("inception_released_file", "layouts")
+    cut = {k: v for k, v in layout.items() if k != "Mixed_7c.branch_pool.bn.bias"}
+    torchvision = layout | {"fc.weight": [1000, 2048], "fc.bias": [1000], "AuxLogits.fc.bias": [1000]}
+    (tmp_path / "text.pth").write_text("no weights")
+    for path, line in ((small_file(tmp_path / "cut.pth", cut), "cut.pth.*missing Mixed_7c.branch_pool.bn.bias"),
+                       (small_file(tmp_path / "tv.pth", torchvision), r"unexpected AuxLogits.fc.bias; fc.weight is \(1000, 2048\), expected \(1008, 2048\)"),
+                       (small_file(tmp_path / "other.pth", {"conv1.weight": [64, 3, 7, 7]}), "other.pth: expected .* checkpoint, found a dict"),
+                       (tmp_path / "text.pth", "text.pth: expected .*no PyTorch file"), (tmp_path / "none.pth", "none.pth: no such file")):
+        with pytest.raises(SystemExit, match=line) as error:
+            fid.load_extractor(path, options(), None)
+        assert "\n" not in str(error.value)
+
+
+def test_only_the_released_file_gives_fid(tmp_path, monkeypatch):
+    """Its hash, and torch-fidelity's resize, make a distance FID."""
+    path = small_file(tmp_path / "w.pth", golden.layout("inception_released_file", "layouts"))
+    name = lambda resize: fid.load_extractor(path, options(resize=resize), None).name
+    assert name("torch-fidelity") not in fid.FID and hashlib.sha256(path.read_bytes()).hexdigest()[:16] in name("torch-fidelity")
+    monkeypatch.setattr(fid, "HASH", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    assert fid.FID[name("torch-fidelity")] == "FID" and fid.FID[name("pytorch-fid")] == "FID (pytorch-fid's)"
+
+
+def test_released_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    """To torch.hub's folder, by the hash in the name; either name is found there; without network one line says what to put where."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    calls, path = [], tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    def fetch(url, file, hash_prefix):
+        calls.append((url.rsplit("/", 1)[-1], hash_prefix))
+        Path(file).write_text("weights")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert fid.released_weights() == fid.released_weights() == path and calls == [(path.name, "6726825d")]
+    other = path.rename(path.with_name("weights-inception-2015-12-05-6726825d.pth"))
+    assert fid.released_weights() == other and len(calls) == 1
+    other.unlink()
+    for error in (urllib.error.URLError("no route"), RuntimeError("invalid hash value")):
+        def fail(url, file, hash_prefix):
+            raise error
+        monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+        with pytest.raises(SystemExit, match=f"{path}: no such file, and https://.*(no route|invalid hash).*--features") as found:
+            fid.released_weights()
+        assert "\n" not in str(found.value)
 
 
 # ------------------------------------------------------------------ a world of small pictures, classifier and run
@@ -157,7 +331,7 @@ def world(tmp_path_factory):
     settings = dict(ar_steps=2, diffusion_steps=3, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,
                     prior_steps=2, prior_cfg=0.0, prior_power=1.0, prior_temperature=1.0)
     meta = dict(shared="../colours", classes=list("abc"), data=str(root / "colours"), latent_mean=[0.0] * 4, latent_std=[1.0] * 4,
-                tokenizers=[tokenizers.fingerprint(built[k]) for k in ("vae", "vq")], sampling=settings)
+                files={k: (f"../colours/{k}", tokenizers.fingerprint(built[k])) for k in ("vae", "vq", "prior")}, sampling=settings)
     for kind, model in built.items():
         path = root / "runs" / ("colours-dcmix" if kind == "mixar" else f"colours/{kind}") / "last.pt"
         path.parent.mkdir(parents=True)
@@ -247,11 +421,130 @@ def test_a_run_is_compared_with_the_held_out_pictures_of_its_data_by_default(wor
     assert report["reference"]["source"] == str(world / "colours") and report["reference"]["split"] == "held out"
 
 
-def test_reconstructions_of_both_tokenizers(world, measured):
-    report = measured(RUN, "--rfd")
-    assert [("vae" in r["source"], "vq" in r["source"], r["count"]) for r in report["results"]] == [(True, False, 200), (False, True, 200)]
-    first, second = (r["frechet_distance"] for r in report["results"])
-    assert first > 1e-4 and second > 1e-4 and first != second
+def test_samples_and_reconstructions_of_both_tokenizers_in_one_command(world, measured, tmp_path):
+    """Statistics as reference have no pictures: then the data set's held-out ones are reconstructed, and compared with themselves."""
+    report = measured(RUN, "--rfd", "--count", "160", "--save-stats", str(tmp_path / "samples.npz"))
+    assert [("vae" in r["source"], "vq" in r["source"], r["count"]) for r in report["results"]] == [(False, False, 160), (True, False, 200), (False, True, 200)]
+    drawn, first, second = (r["frechet_distance"] for r in report["results"])
+    assert first > 1e-4 and second > 1e-4 and len({drawn, first, second}) == 3
+    assert drawn == measured(RUN, "--count", "160")["results"][0]["frechet_distance"]
+    other = measured(RUN, str(tmp_path / "samples.npz"), "--rfd", "--count", "160")["results"]
+    assert other[0]["frechet_distance"] < 1e-8 and [r["frechet_distance"] for r in other[1:]] == [first, second]
+    assert other[0]["to"].endswith("samples.npz (160)") and other[1]["to"].endswith("colours (200)")
+
+
+def test_kernel_distance_of_the_features_of_all_pictures(world, measured):
+    report = measured("samples.npz", "idx", "--kid", "--batch-size", "64")["results"][0]
+    model, test = fid.load_classifier(world / "features.pt", "cpu"), tokenizers.open_source(str(world / "idx"), "test", SIZE, None)
+    a, b = (model(torch.tensor(p))[0].numpy() for p in (np.ascontiguousarray(blobs(200, 1).transpose(0, 3, 1, 2)), np.stack([test.read(i) for i in range(160)])))
+    found = report["kernel_distance"]
+    assert (found["subsets"], found["size"], found["seed"]) == (100, 160, 2020)
+    assert (found["mean"], found["deviation"]) == pytest.approx(fid.kernel_distance(a, b, 100, 160), rel=1e-4)
+    assert "kernel_distance" not in measured("samples.npz", "idx")["results"][0]
+
+
+# ------------------------------------------------------------------ FID's own features, end to end
+
+@pytest.fixture
+def released(inception, tmp_path_factory, tmp_path, monkeypatch):
+    """Weights that pass for the released file, in torch.hub's folder; and a distance that does not take seconds, the means' alone."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir()
+    torch.save({k: v for k, v in inception.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
+    monkeypatch.setattr(fid, "HASH", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(fid, "frechet_distance", lambda mu1, s1, mu2, s2: float(np.square(mu1 - mu2).sum()))
+    return path
+
+
+def test_fid_of_a_run_and_a_reference_of_adm(world, inception, released, measured, tmp_path, capsys):
+    """ADM's file holds pictures and Inception's statistics: Inception takes these, and its pictures for KID; a classifier takes the pictures."""
+    reference = tmp_path / "adm.npz"
+    np.savez(reference, arr_0=blobs(200, 1), mu=np.ones(2048), sigma=np.eye(2048, dtype=np.float16), mu_s=np.zeros(2023), sigma_s=np.zeros(1))
+    report = measured(RUN, str(reference), "--features", "inception", "--count", "11", "--force", features=False)
+    sample.main([str(world / RUN), "--count", "11", "--amp", "fp32", "--out", str(tmp_path / "s.npz")])
+    inception.resize = "torch-fidelity"
+    features, logits = inception(torch.tensor(np.load(tmp_path / "s.npz")["arr_0"]).permute(0, 3, 1, 2))
+    assert report["results"][0]["frechet_distance"] == pytest.approx(np.square(features.numpy().mean(0) - 1).sum(), rel=1e-4)
+    assert report["results"][0]["inception_score"]["mean"] == pytest.approx(fid.inception_score(logits)[0], rel=1e-4)
+    assert report["metric"] == "FID" and report["extractor"]["file"] == str(released) and report["extractor"]["size"] == SIZE
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "FID to" in line and "; IS " in line and "not FID" not in line
+    assert measured("samples.npz", str(reference))["results"][0]["frechet_distance"] < 1e-8
+    few, small = tmp_path / "few.npz", tmp_path / "small.npz"
+    np.savez(few, arr_0=blobs(4))
+    np.savez(small, arr_0=blobs(4), mu=np.ones(2048), sigma=np.ones(1))
+    for flags, name in ((["--resize", "pytorch-fid"], "FID (pytorch-fid's)"), (["--kid"], "FID")):
+        report = measured(str(few), str(small), "--features", str(released), *flags, "--force", features=False)
+        assert report["metric"] == name and report["reference"]["kind"] == "npz" and report["results"][0]["frechet_distance"] == 0
+    assert report["results"][0]["kernel_distance"]["size"] == 4
+
+
+def test_inception_takes_pictures_as_they_are_or_cropped(world, inception, released, measured, tmp_path):
+    """Of any size, unless --size is given; pictures that differ, and data sets, need it."""
+    large = blobs(3, 2, 24)[:, :16]
+    np.savez(tmp_path / "large.npz", arr_0=large)
+    inception.resize = "torch-fidelity"
+    flags = ["--features", "inception", "--force", "--save-stats", str(tmp_path / "s.npz")]
+    for size, expected in (([], large), (["--size", "8"], np.stack([np.asarray(tokenizers.center_crop(Image.fromarray(p), 8)) for p in large]))):
+        measured(str(tmp_path / "large.npz"), *flags, *size, features=False)
+        found = inception(torch.tensor(np.ascontiguousarray(expected)).permute(0, 3, 1, 2))[0].numpy().mean(0)
+        np.testing.assert_allclose(np.load(tmp_path / "s.npz")["mu"], found, rtol=1e-4, atol=1e-5)
+    write_pngs(blobs(1), write_pngs(blobs(2, 0, 16), tmp_path / "mixed"), "x{0}.png")
+    for what, line in (("mixed", "mixed: its pictures differ in size; .*--size"), ("shapes", "shapes: nothing tells the size .*--size")):
+        with pytest.raises(SystemExit, match=line):
+            measured(str(tmp_path / what) if what == "mixed" else what, *flags, features=False)
+
+
+# ------------------------------------------------------------------ several processes
+
+def test_processes_share_all_pictures_between_them(world, monkeypatch):
+    """Every kind of source: process r of 3 gives pictures r, r + 3, ... of the 20 wanted, and none is drawn or missed twice."""
+    args = fid.parse([str(world / RUN), "--batch-size", "4", "--amp", "fp32"])
+    for what in (world / RUN, world / "samples.npz", world / "flat", world / "colours", world / "unsplit", world / "idx", "shapes"):
+        def share(rank, ranks):
+            monkeypatch.setattr(fid, "world", lambda: (rank, ranks))
+            return list(fid.open_pictures(str(what), 20, SimpleNamespace(size=SIZE), args)[0])
+        whole, parts = share(0, 1), [share(r, 3) for r in range(3)]
+        assert [len(part) for part in parts] == [7, 7, 6] and len(whole) == 20
+        for i, picture in enumerate(whole):
+            assert abs(np.int16(picture) - parts[i % 3][i // 3]).max() <= (1 if "runs" in str(what) else 0), (what, i)
+
+
+def test_torchrun_with_two_processes_measures_the_same(world, measured, tmp_path):
+    """Samples, reconstructions, kernel distance, scores and a picture that cannot be read: only rounding depends on the number of processes."""
+    folder = write_pngs(blobs(152, 1), tmp_path / "some")
+    (folder / "0003.png").write_text("no picture")
+    args = [str(world / RUN), str(folder), "--rfd", "--kid", "--count", "149", "--batch-size", "40"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}", "fid.py", *args, "--amp", "fp32",
+               "--features", str(world / "features.pt"), "--json", str(tmp_path / "two.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("skipped 1 unreadable") == 3 and done.stdout.count("not FID") == 3
+    one, two = measured(*args), json.loads((tmp_path / "two.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2) and one["reference"]["count"] == two["reference"]["count"] == 151
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["count"] == b["count"] and a["to"] == b["to"] and a["skipped"] == b["skipped"]
+        assert a["frechet_distance"] == pytest.approx(b["frechet_distance"], rel=1e-4)
+        for key in ("classifier_score", "kernel_distance"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-7)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_a_process_that_ends_by_an_error_ends_the_others(world):
+    """Process 1 cannot find its pictures; process 0 waits for it, is told, and ends too."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    start = lambda rank, what: subprocess.Popen([sys.executable, "fid.py", str(world / what), str(world / "flat"), "--features", str(world / "features.pt")],
+                                                cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    processes = start(0, "samples.npz"), start(1, "nowhere")
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "process 0 ends because another has" in said[0] and "nowhere: no such run" in said[1]
 
 
 def test_reconstruction_feeds_each_tokenizer_its_own_range():
@@ -341,6 +634,7 @@ def bad(world, folder):
             "no pictures": ([f"{folder}/empty", "flat"], "empty: 0 pictures are too few"),
             "checkpoint of another kind": ([str(world / "runs/colours/vae/last.pt"), "flat"], "expected a mixar checkpoint, found vae"),
             "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
+            "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "wide.npz holds their statistics only"),
             "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs by the tokenizers of a run")}
 
 
@@ -352,7 +646,7 @@ def test_errors_are_one_line(world, measured, tmp_path):
 
 
 def test_without_a_data_set_the_classifier_must_be_named(measured):
-    with pytest.raises(SystemExit, match="--data DATA or --features CKPT"):
+    with pytest.raises(SystemExit, match="--data DATA or --features"):
         measured("flat", "samples.npz", features=False)
 
 
