@@ -2,11 +2,11 @@
 
 `MaskBitPrior` is p_phi(X_d) and g_M: MaskBit's generator, Eqs. (3) and (4) on bit tokens.
 `MAR` is p_theta(X_c | X_d), Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9),
-dcsa (discrete tokens as a prefix), dcca (cross-attention). Parameter names are those of the
-official models, so that their files load.
+dcsa (discrete tokens as a prefix), dcca (cross-attention). Parameter names are those of the official
+models; `from_official` tells from an official file alone which model it holds, for the tokenizers too.
 
 Reads mixing.py and diffusion_head.py, feeds train.py and sample.py. Read diffusion_head.py next.
-Try: python backbone.py          (parameters and tokens beside the paper's Tables 1 and 2)
+Try: python backbone.py          (parameters, tokens and operations beside the paper's Tables 1 and 2)
 
 B batch, N tokens, D width, K class tokens; m True = to predict.
 """
@@ -184,7 +184,7 @@ class MAR(nn.Module):
         """
         x = x_c
         if self.guidance == "dcmix":
-            x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m.to(x_c.device))                  # (B, N, d_c)       Eq. (9)
+            x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m.to(x.device))                    # (B, N, d_c)       Eq. (9)
         x = self.embed(x, y, drop)                                           # (B, K + N, D)
         memory = self.discrete(x_d) if self.guidance in ("dcsa", "dcca") else None
         prefix = self.N if self.guidance == "dcsa" else 0                    # DC-SA: N more tokens, always visible
@@ -431,8 +431,8 @@ def main():
     print(f"{'':18}{'params (M)':>11}{'paper (M)':>11}{'tokens':>8}{'paper':>7}{'TFLOPs':>8}")
     for name, (_, guidance, _, _, millions, tokens) in SIZES.items():
         model = sized(name)
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{name:18}{count:11.1f}{millions:11}{model.K + model.N * (1 + (guidance in ('dcsa', 'dcca'))):8}{tokens:7}{forward_flops(model) / 1e12:8.3f}")
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:18}{parameters:11.1f}{millions:11}{model.K + model.N * (1 + (guidance in ('dcsa', 'dcca'))):8}{tokens:7}{forward_flops(model) / 1e12:8.3f}")
     print("tokens: class, continuous and discrete ones; the paper's 512 leave out the 64 class tokens, its 320 do not. TFLOPs: backbone, one image, mask ratio 0.85")
 
 

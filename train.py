@@ -45,7 +45,6 @@ RECIPES = {
                  mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
     "base": LARGE, "large": LARGE, "huge": LARGE,
 }
-CLIP, EMA = 3.0, 0.9999                                                      # [MAR]
 
 
 # ------------------------------------------------------------------ the step of the paper
@@ -56,7 +55,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
     batch: mean, deviation of x_c (B, N, d_c), x_d (B, N, d_d), y (B,); draw(f, *shape): f's random numbers (B, *shape).
     """
     mean, std, x_d, y = batch
-    (N, d_c), R = mean.shape[1:], args.draws
+    (N, d_c), recipe = mean.shape[1:], args.recipe["mixar"]
     x_c = mean + std * draw(torch.randn, N, d_c)                             # (B, N, d_c)   Eq. (7), cached moments
     ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
     m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
@@ -64,9 +63,10 @@ def mixar_loss(model, batch, draw, step, prior, args):
     x_g = x_d
     if args.ti_mix:
         x_hat = mixing.predict_masked(prior, x_d, m, y, draw(torch.rand, N, prior.splits))   # Eqs. (10), (11)
-        x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), mixing.ti_lambda(step, args.steps))      # Eq. (12)
+        lam = mixing.ti_lambda(step, recipe["steps"])
+        x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), lam)         # Eq. (12)
     z = model(x_c, x_g, m, y, drop)                                          # (B, N, D)     Eqs. (6), (9)
-    hidden = int(m[0].sum())                                                 # N'
+    R, hidden = recipe["draws"], int(m[0].sum())                             # N'
     t = (draw(torch.rand, R, hidden) * 1000).long().transpose(0, 1).flatten(1)           # (R, B N')
     noise = draw(torch.randn, R, hidden, d_c).transpose(0, 1).flatten(1, 2)              # (R, B N', d_c)
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
@@ -253,7 +253,7 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
     other settings, on 5 non-finite losses in a row, after SIGTERM.
     """
     (rank, ranks), device, B, steps = world(), torch.device(args.device), recipe["batch"], recipe["steps"]
-    parts = 1 if kind == "vq" else args.accumulate                           # vq's entropy is not a mean over images
+    parts = 1 if kind == "vq" else max(args.accumulate, 1)                        # vq's entropy is not a mean over images
     if B % (ranks * parts):
         raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
     path, model, bad, stop = folder / "last.pt", model.to(device), 0, []
@@ -315,7 +315,7 @@ def done(path, kind):
     if path.is_file() or not (path / "last.pt").is_file():
         return path.is_file()
     saved = sample.load_checkpoint(path / "last.pt", kind)
-    return saved["step"] >= saved["args"][f"{kind}_steps"]
+    return saved["step"] >= saved["args"]["recipe"][kind]["steps"]
 
 
 def train_tokenizer(args, shared, kind, images):
@@ -365,7 +365,7 @@ def train_mixar(args, shared, files, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
     N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
     config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
-    args.steps = recipe["steps"] = args.steps or max(round(args.epochs * (tokens.n // recipe["batch"])), 1)
+    recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * (tokens.n // recipe["batch"])), 1))
     torch.manual_seed(args.seed)
     try:
         model = backbone.MAR(**config)
@@ -404,18 +404,18 @@ def parse(argv=None):
     g = p.add_argument_group("length and rate (unset: the preset's recipe)")
     for kind in ("vae", "vq", "prior"):
         g.add_argument(f"--{kind}-steps", type=int, help=f"steps of stage {kind}")
-    g.add_argument("--steps", type=int, help="steps of stage mixar")
-    g.add_argument("--epochs", type=float, help="its length in passes over the pictures instead [paper: 400, Fig. 8]")
+    g.add_argument("--steps", dest="mixar_steps", type=int, help="steps of stage mixar")
+    g.add_argument("--epochs", dest="mixar_epochs", type=float, help="its length in passes over the pictures instead [paper: 400, Fig. 8]")
     g.add_argument("--batch-size", type=int, help="global batch of every stage, whatever the number of processes")
-    g.add_argument("--lr", type=float, help="learning rate of stage mixar, constant after the warm-up [MAR]")
-    g.add_argument("--warmup", type=float, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
-    g.add_argument("--weight-decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
+    g.add_argument("--lr", dest="mixar_lr", type=float, help="learning rate of stage mixar, constant after the warm-up [MAR]")
+    g.add_argument("--warmup", dest="mixar_warmup", type=float, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
+    g.add_argument("--weight-decay", dest="mixar_decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
     g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
-    g.add_argument("--draws", type=int, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
+    g.add_argument("--draws", dest="mixar_draws", type=int, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
     g.add_argument("--label-drop", type=float, default=0.1, help="how often the class is withheld, for guidance [MAR]")
-    g.add_argument("--clip", type=float, default=CLIP, help="largest gradient norm [MAR]")
-    g.add_argument("--ema", type=float, default=EMA, help="decay of the moving average after its warm-up [MAR]")
+    g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm [MAR]")
+    g.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average after its warm-up [MAR]")
     g = p.add_argument_group("running")
     g.add_argument("--runs", default="runs", help="where all runs lie")
     g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
@@ -428,30 +428,32 @@ def parse(argv=None):
     g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 1000, in larger presets 20000)")
     g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
-    args = p.parse_args(argv)
+    return settle(p.parse_args(argv))
+
+
+def settle(args):
+    """Fill in what flags leave open: `recipe`, each stage's from the preset and the flags, and how often to save. SystemExit on contradictions."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
-        if given and (args.stage == kind or not Path(given).is_file()):
-            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file"))
+        if given and args.stage == kind:
+            raise SystemExit(f"--{kind} {given}: --stage {kind} would train it; give one of them")
+        if given and not Path(given).is_file():
+            raise SystemExit(f"--{kind} {given}: no such file")
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
             raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
-    if args.steps and args.epochs:
+    if args.mixar_steps and args.mixar_epochs:
         raise SystemExit("--steps and --epochs both set the length of stage mixar; give one of them")
+    if args.mixar_epochs:
+        args.recipe["mixar"].pop("steps", None)
     for kind, recipe in args.recipe.items():
-        recipe["batch"] = args.batch_size or recipe["batch"]
-        recipe["lr"] *= recipe["batch"] / recipe.get("per", recipe["batch"])
-        if kind != "mixar":
-            recipe["steps"] = getattr(args, f"{kind}_steps") or recipe["steps"]
-            setattr(args, f"{kind}_steps", recipe["steps"])
-    mixar = args.recipe["mixar"]
-    args.epochs = args.epochs or mixar.get("epochs")
-    args.steps = args.steps or (None if args.epochs else mixar["steps"])
-    args.draws = args.draws or mixar["draws"]
-    for name, flag in (("lr", args.lr), ("warmup", args.warmup), ("decay", args.weight_decay)):
-        mixar[name] = mixar[name] if flag is None else flag
+        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup", "decay")} | dict(batch=args.batch_size)
+        recipe |= {name: flag for name, flag in flags.items() if flag is not None}
+        if "per" in recipe and flags["lr"] is None:
+            recipe["lr"] *= recipe["batch"] / recipe["per"]
     for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 1000, 20000)):
-        setattr(args, name, (tiny if args.preset == "tiny" else large) if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, tiny if args.preset == "tiny" else large)
     return args
 
 

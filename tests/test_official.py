@@ -182,6 +182,12 @@ def test_an_unexpected_key_is_named(tmp_path, kind, extra):
     refused(save(tmp_path, golden.official(TINY[kind]) | {extra: torch.zeros(3)}), kind, extra.replace("token_emb", "input_proj"))
 
 
+def test_one_parameter_under_two_names_is_refused(tmp_path):
+    """The bit projection as token_emb and as input_proj: which one counts?"""
+    state = golden.official(TINY["prior"])
+    refused(save(tmp_path, state | {"token_emb.bias": state["input_proj.bias"]}), "prior", "input_proj.bias under two names")
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch /tmp/hostile-official-file-ran",)

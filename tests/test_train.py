@@ -185,6 +185,7 @@ def test_accumulation_gives_the_gradients_of_the_undivided_batch(tmp_path, kind)
     args, found = train.parse(["--amp", "fp32", "--clip", "1e9"]), []
     for parts in (1, 4):
         draws = [train.Draw(0, 5, 8, torch.device("cpu"), part, parts) for part in range(parts)]
+        assert [i for draw in draws for i in range(8)[draw.rows]] == list(range(8))
         batches = [(batch_of(kind, draw.rows), draw) for draw in draws]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         value, norm, taken = train.update(args, train.Loss(model, loss), model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batches, 5)
@@ -284,14 +285,17 @@ def test_larger_presets_follow_mars_recipe():
     files = [word for kind in ("vae", "vq", "prior") for word in (f"--{kind}", __file__)]
     for preset in ("base", "large", "huge"):
         args = train.parse(["--preset", preset, *files])
+        assert "steps" not in args.recipe["mixar"]
         recipe = args.recipe["mixar"] | dict(steps=1000)
-        assert (args.epochs, args.steps, recipe["batch"], args.clip, args.ema) == (400, None, 2048, 3.0, 0.9999)
+        assert (recipe["epochs"], recipe["batch"], args.clip, args.ema) == (400, 2048, 3.0, 0.9999)
         assert recipe["lr"] == pytest.approx(8e-4) and recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02
         assert train.learning_rate(recipe, 124) == pytest.approx(4e-4) and train.learning_rate(recipe, 249) == train.learning_rate(recipe, 999) == pytest.approx(8e-4)
-    args = train.parse(["--preset", "base", *files, "--batch-size", "512", "--steps", "70"])
-    assert args.recipe["mixar"]["lr"] == pytest.approx(2e-4) and args.steps == 70
-    assert train.parse(["--preset", "base", *files, "--lr", "0.1"]).recipe["mixar"]["lr"] == 0.1
-    assert train.parse(["--epochs", "2"]).steps is None and train.parse([]).steps == 1200
+    recipe = lambda *flags: train.parse([*flags]).recipe["mixar"]
+    smaller = recipe("--preset", "base", *files, "--batch-size", "512", "--steps", "70")
+    assert smaller["lr"] == pytest.approx(2e-4) and smaller["steps"] == 70
+    assert recipe("--preset", "base", *files, "--lr", "0.1", "--weight-decay", "0")["lr"] == 0.1
+    assert recipe("--weight-decay", "0", "--warmup", "0")["decay"] == 0 and recipe("--warmup", "0")["warmup"] == 0
+    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == train.RECIPES["tiny"]["mixar"]["steps"]
 
 
 def test_epochs_are_passes_over_the_pictures(runs, tmp_path):
