@@ -16,7 +16,6 @@ import math
 import os
 import time
 import zipfile
-import zlib
 from collections import OrderedDict
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -176,6 +175,8 @@ class Inception(nn.Sequential):
     resize "torch-fidelity" or "pytorch-fid": the one difference between the two programs' features.
     """
 
+    samples, score = 50000, "inception_score"                                # of a run, and the name of its score
+
     def __init__(self, resize="torch-fidelity"):
         layers = OrderedDict(Conv2d_1a_3x3=conv(3, 32, 3, 2), Conv2d_2a_3x3=conv(32, 32, 3), Conv2d_2b_3x3=conv(32, 64, 3, padding=1), pool1=HALF(),
                              Conv2d_3b_1x1=conv(64, 80, 1), Conv2d_4a_3x3=conv(80, 192, 3), pool2=HALF())
@@ -200,44 +201,27 @@ class Inception(nn.Sequential):
 
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-FILES, HASH = (Path(URL).name, "weights-inception-2015-12-05-6726825d.pth"), "6726825d"            # two names of one file, the start of its sha256
-FID = {"Inception-v3 of 2015-12-05, resize of torch-fidelity": "FID", "Inception-v3 of 2015-12-05, resize of pytorch-fid": "FID (pytorch-fid's)"}
+HASH = "6726825d"                                                            # the start of the file's sha256: with these weights a distance is FID
 
 
 def released_weights():
-    """Where torch.hub keeps either released file, fetched once. SystemExit where it cannot be.   [pytorch-fid] [torch-fidelity]"""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0])
+    """Where torch.hub keeps the released file, fetched once. SystemExit where it cannot be.   [pytorch-fid]"""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
     try:
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH)
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"{path}: no such file, and {URL} cannot be fetched ({error}); put it there, or name it by --features") from None
     return path
 
 
-def load_extractor(path, args, size):
-    """The features in `path`, told by its keys: Inception's (for pictures of any size if `size` is None), or a classifier's. SystemExit on other files."""
-    try:
-        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:                                                        # load_classifier says what is wrong
-        saved = {}
-    if "Mixed_5b.branch1x1.conv.weight" not in saved:
-        return load_classifier(path, args.device)
-    model, digits = Inception(args.resize), hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}  # the released file has none
-    sample.load_weights(model, counters | saved, path)
-    model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
-    model.about = dict(name=model.name, file=str(path), sha256=digits, width=model.width, size=size)
-    model.size, model.samples, model.score = size, 50000, "inception_score"
-    return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
-
-
 # ------------------------------------------------------------------ features: a small classifier of the data set
 
 class Classifier(nn.Module):
     """A small convolutional network; its features are channel means at two depths: texture and colour, then shape.   [ours]"""
+
+    samples, score = 2000, "classifier_score"
 
     def __init__(self, classes, size):
         super().__init__()
@@ -267,49 +251,52 @@ def train_classifier(path, data, size, device, steps=700, B=128):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     order = np.concatenate([random.permutation(kept) for _ in range(math.ceil(steps * B / len(kept)))])
-    for rows in (bar := tqdm(order[:steps * B].reshape(steps, B), desc="classifier", unit="step", disable=None)):
+    for rows in tqdm(order[:steps * B].reshape(steps, B), desc="classifier", unit="step", disable=None):
         with sample.autocast("auto", torch.device(device)):
             loss = cross_entropy(model(x[rows].to(device))[1].float(), y[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     with torch.no_grad():
-        model.eval()
-        right = sum(int((model(x[rows].to(device))[1].argmax(1).cpu() == y[rows]).sum()) for rows in np.split(held_out, range(500, len(held_out), 500)))
-    meta = dict(data=data, pictures=len(kept), skipped=len(read) - len(good), steps=steps, held_out_accuracy=right / len(held_out))
+        guess = torch.cat([model.eval()(part.to(device))[1].argmax(1).cpu() for part in x[held_out].split(500)])
+    meta = dict(data=data, pictures=len(kept), skipped=len(read) - len(good), steps=steps, held_out_accuracy=(guess == y[held_out]).double().mean().item())
     saved = dict(kind="classifier", config=dict(classes=len(source.classes), size=size), model=model.state_dict(), meta=meta)
     tokenizers.write_whole(path, lambda file: torch.save(saved, file))
 
 
-def load_classifier(path, device):
-    """The classifier saved at `path`, with its `name` and an `about` for the report. SystemExit on any other file."""
-    saved = sample.load_checkpoint(path, "classifier")
-    model = Classifier(**saved["config"])
-    sample.load_weights(model, saved["model"], path)
-    digits = tokenizers.fingerprint(model)
-    model.name = f"small classifier {digits} of {saved['meta']['data']}"
-    model.about = dict(name=model.name, file=str(path), sha256=digits, width=model.width, size=model.size) | saved["meta"]
-    model.samples, model.score = 2000, "classifier_score"
-    return model.eval().requires_grad_(False).to(device)
+def load_extractor(path, args, size):
+    """The features in `path`: our classifier's, or Inception's of pictures cropped to `size`. SystemExit on other files."""
+    saved = sample.load_checkpoint(path, "classifier", official=True)
+    digits = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if "kind" in saved:
+        model, weights, about = Classifier(**saved["config"]), saved["model"], saved["meta"]
+        model.name = f"small classifier {digits[:16]} of {about['data']}"
+    else:
+        model, about = Inception(args.resize), {}
+        model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
+        model.size, counters = size, {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+        weights = counters | saved                                           # the released file has no counters
+    sample.load_weights(model, weights, path)
+    if not model.size:
+        raise SystemExit(f"{path}: Inception's features without a run need --size, the side to which all pictures are cropped")
+    model.metric = "FID" if digits.startswith(HASH) else f"Frechet distance ({model.name}, not FID)"
+    model.about = dict(name=model.name, file=str(path), sha256=digits, width=model.width, size=model.size) | about
+    return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
 
-def find_extractor(args):
-    """The features of --features; for a classifier that of --data, else of the data set B or A or behind a run: RUNS/DATA/classifier.pt, trained if missing."""
-    kinds = {what: kind_of(what) for what in (args.reference, args.pictures) if what}
-    run = next((open_run(what, args.device, args.weights) for what in kinds if kinds[what] == "run"), None)
+def find_extractor(args, run):
+    """The features of --features; the classifier is that of the data set behind a run, B or A: RUNS/DATA/classifier.pt, trained if missing."""
     if args.features != "classifier":
-        path = released_weights() if args.features == "inception" else args.features
-        return load_extractor(path, args, args.size or run and run.size)
-    data = args.data or next((what for what in kinds if kinds[what] == "data"), run and run.meta["data"])
+        return load_extractor(released_weights() if args.features == "inception" else args.features, args, args.size or run and run.size)
+    data = run.meta["data"] if run else next((what for what in (args.reference, args.pictures) if what and kind_of(what) == "data"), None)
     if not data:
-        raise SystemExit(f"nothing tells the data set behind {' and '.join(kinds)}, whose classifier gives the features; add --data DATA or --features")
+        raise SystemExit(f"nothing tells the data set behind {args.pictures}, whose classifier gives the features; choose --features")
     data = data if data == "shapes" else str(Path(data).resolve())
     path = (run.shared.parent if run else Path("runs")) / Path(data).name / "classifier.pt"
     if not path.is_file():
         train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
-    model = load_classifier(path, args.device)
+    model = load_extractor(path, args, None)
     if model.about["data"] != data:
         raise SystemExit(f"{path} is the classifier of {model.about['data']}, not of {data}; move it away, or choose one with --features")
     return model
@@ -340,13 +327,7 @@ def draw_run(system, numbers, settings, args):
     for start in range(0, len(numbers), args.batch_size):
         indices = numbers[start:start + args.batch_size]
         y = torch.tensor([i % len(system.meta["classes"]) for i in indices], device=system.device)
-        with sample.autocast(args.amp, system.device):
-            x_d = system.draw_discrete(args.seed, indices, y, settings)
-            if args.decode == "discrete":
-                drawn = system.decode_discrete(x_d)
-            else:
-                drawn = system.decode_continuous(system.draw_continuous(args.seed, indices, y, x_d, settings))
-        yield from drawn.cpu().numpy()                                       # outside autocast, or the features would be bf16 too
+        yield from system.draw(args.seed, indices, y, settings, args.decode, args.amp)[0].cpu().numpy()
 
 
 def read_npz(what):
@@ -359,37 +340,35 @@ def read_npz(what):
                 raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (n, H, W, 3)")
             for _ in range(shape[0]):
                 yield np.frombuffer(file.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:]).transpose(2, 0, 1)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:                                               # a damaged file can fail in any way
         raise SystemExit(f"{what}: expected an npz file with arr_0, or with mu and sigma; {error}") from None
 
 
-def read_file(path):
-    """uint8 (3, H, W), or the reason why not as text."""
-    try:
-        return np.asarray(tokenizers.read_rgb(path)).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"{path}: {error}"
+class Flat(tokenizers.Folder):
+    """All pictures in a folder, without classes."""
+
+    def __init__(self, root, size):
+        self.size, self.files = size, sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in tokenizers.EXTENSIONS)
 
 
-def open_pictures(what, count, extractor, args, size=None):
+def open_pictures(what, count, size, args):
     """-> the pictures of this process, one by one, uint8 (3, H, W) or the reason why one cannot be read, and a note on all for the report.
 
-    Process r of R has number r, r + R, ... of at most `count`, if given. Data sets have the `size` given, else the
-    extractor's, and give their held-out split if they have one.
+    Process r of R has number r, r + R, ... of at most `count` (None: all). Files are cropped to `size`; data sets give
+    their held-out split if they have one.
     """
-    kind, (rank, ranks), size = kind_of(what), world(), size or extractor.size
+    kind, (rank, ranks) = kind_of(what), world()
     note = dict(source=what, kind=kind)
     if kind == "run":
         system = open_run(what, args.device, args.weights)
-        settings = system.meta["sampling"] | {k: getattr(args, k) for k in ("ar_steps", "diffusion_steps", "cfg") if getattr(args, k) is not None}
+        settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
         note |= {k: getattr(args, k) for k in ("decode", "seed", "weights", "amp", "batch_size")} | dict(step=system.step, settings=settings)
-        return draw_run(system, range(count or extractor.samples)[rank::ranks], settings, args), note
+        return draw_run(system, range(count)[rank::ranks], settings, args), note
     if kind == "npz":
         return islice(read_npz(what), rank, count, ranks), note
     if kind == "folder":
-        return map(read_file, sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in tokenizers.EXTENSIONS)[rank:count:ranks]), note
-    if not size:
-        raise SystemExit(f"{what}: nothing tells the size of its pictures; add --size, that of the pictures they are compared with")
+        source = Flat(what, size)
+        return map(source.read, range(len(source.files))[rank:count:ranks]), note
     try:
         source, note["split"] = tokenizers.open_source(what, "test", size, count), "held out"
     except LookupError:
@@ -398,8 +377,8 @@ def open_pictures(what, count, extractor, args, size=None):
 
 
 def fit(picture, size):
-    """uint8 (3, H, W) -> uint8 (3, size, size), as data sets are read; unchanged if size is None."""
-    if size is None or picture.shape[1:] == (size, size):
+    """uint8 (3, H, W) -> uint8 (3, size, size), cropped as data sets are."""
+    if picture.shape[1:] == (size, size):
         return picture
     return np.asarray(tokenizers.center_crop(Image.fromarray(picture.transpose(1, 2, 0)), size)).transpose(2, 0, 1)
 
@@ -414,77 +393,60 @@ def reconstruct(system, tokenizer, pictures):
     return sample.to_bytes(y).cpu().numpy()
 
 
-# ------------------------------------------------------------------ processes
-
-def gather(mine):
-    """What each process has, in order. SystemExit where another has ended by an error."""
-    parts = [mine] * world()[1]
-    if len(parts) > 1:
-        try:
-            dist.all_gather_object(parts, mine)
-        except RuntimeError:                                                 # the connection is closed
-            raise SystemExit(f"process {world()[0]} ends because another has") from None
-    return parts
-
-
 # ------------------------------------------------------------------ pictures -> statistics -> report
 
 @torch.no_grad()
 def measure(pictures, note, extractor, args, through=lambda batch: batch):
-    """Stream pictures (see open_pictures) through the extractor -> dict(mu, sigma, n, extractor, note, features if --kid), None but in process 0."""
-    rank, start = world()[0], time.time()
+    """Stream pictures (see open_pictures) through the extractor -> dict(mu, sigma, n, note, features if --kid), None but in process 0."""
+    (rank, ranks), start = world(), time.time()
     statistics, rows, skipped = Statistics(extractor.width), [], []
     numbered = enumerate(tqdm(pictures, desc=note["source"], unit="img", leave=False, disable=rank > 0 or None))
     while some := list(islice(numbered, args.batch_size)):
         skipped += [p for _, p in some if isinstance(p, str)]
         if good := [(i, p) for i, p in some if not isinstance(p, str)]:
-            fitted = [fit(p, extractor.size) for p in through([p for _, p in good])]
-            if len({p.shape for p in fitted}) > 1:
-                raise SystemExit(f"{note['source']}: its pictures differ in size; crop them all by --size")
-            features, logits = (a.cpu().numpy() for a in extractor(torch.tensor(np.stack(fitted)).to(args.device)))
+            fitted = np.stack([fit(p, extractor.size) for p in through([p for _, p in good])])
+            features, logits = (a.cpu().numpy() for a in extractor(torch.tensor(fitted).to(args.device)))
             statistics.add(features)
             rows += zip([i for i, _ in good], logits, features if args.kid else [None] * len(good))
-    (statistics, rows, skipped), *others = gather((statistics, rows, skipped))
-    for other, more, too in others:
-        statistics.merge(other.n, other.mean, other.scatter)
-        rows, skipped = rows + more, skipped + too
+    if ranks > 1:
+        parts = [None] * ranks
+        dist.all_gather_object(parts, (statistics, rows, skipped))
+        for other, more, too in parts[1:] if rank == 0 else []:
+            statistics.merge(other.n, other.mean, other.scatter)
+            rows, skipped = rows + more, skipped + too
     if rank > 0:
         return None
     if skipped:
         print(f"{note['source']}: skipped {len(skipped)} unreadable pictures:", *skipped, sep="\n  ")
     if statistics.n <= (1 if args.force else extractor.width):
         raise SystemExit(f"{note['source']}: {statistics.n} pictures are too few for a covariance of {extractor.width} features; "
-                         f"take more than {extractor.width}{'' if args.force else ', or --force it'}")
+                         f"take more than {extractor.width}, or --force it")
     _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))        # stable: process 0's picture i, process 1's, ...
     note |= dict(count=statistics.n, skipped=skipped, seconds=round(time.time() - start, 2))
     if statistics.n >= 10:
-        note[extractor.score] = dict(zip(("mean", "deviation"), inception_score(logits))) | dict(splits=10, shuffle=2020)
-    return dict(mu=statistics.mean, sigma=statistics.covariance(), n=statistics.n, extractor=extractor.name, note=note) | (dict(features=features) if args.kid else {})
+        note[extractor.score] = dict(zip(("mean", "deviation"), inception_score(logits)), splits=10, shuffle=2020)
+    return dict(mu=statistics.mean, sigma=statistics.covariance(), n=statistics.n, note=note) | (dict(features=features) if args.kid else {})
 
 
 def load_statistics(what):
-    """The same dict from an npz file with mu (d,) and sigma (d, d), or None; `pictures` tells whether it also has pictures, as ADM's references do."""
+    """The same dict from an npz file with mu (d,) and sigma (d, d), whatever else it holds; None from others."""
     try:
         with np.load(what) as file:
-            found = dict(n="not recorded", extractor="not recorded") | {k: file[k].tolist() for k in ("n", "extractor") if k in file.files}
-            note = dict(source=what, kind="statistics", count=found["n"], extractor=found["extractor"])
-            return found | dict(mu=file["mu"], sigma=file["sigma"], note=note, pictures="arr_0" in file.files)
-    except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error):
-        return None                                                          # read_npz says what is wrong with an npz file
+            n, extractor = (file[k].item() if k in file else "not recorded" for k in ("n", "extractor"))
+            return dict(mu=file["mu"], sigma=file["sigma"], n=n, note=dict(source=what, kind="statistics", count=n, extractor=extractor))
+    except Exception:                                                        # read_npz says what is wrong with an npz file
+        return None
 
 
 def compare(a, b, kid):
     """The note of a, with its distance to b."""
-    both = f"{a['note']['source']} and {b['note']['source']}"
-    if len({a["extractor"], b["extractor"]} - {"not recorded"}) > 1:
-        raise SystemExit(f"{both} cannot be compared: their features are those of {a['extractor']} and of {b['extractor']}")
     try:
         found = dict(to=f"{b['note']['source']} ({b['n']})", frechet_distance=frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"]))
-        if kid:
-            settings = dict(subsets=100, size=min(1000, a["n"], b["n"]), seed=2020)
-            found["kernel_distance"] = dict(zip(("mean", "deviation"), kernel_distance(a["features"], b["features"], **settings))) | settings
     except ValueError as error:
-        raise SystemExit(f"{both} cannot be compared: {error}; both must hold the same features") from None
+        raise SystemExit(f"{a['note']['source']} and {b['note']['source']} cannot be compared: {error}; both must hold the same features") from None
+    if kid:
+        settings = dict(subsets=100, size=min(1000, a["n"], b["n"]), seed=2020)
+        found["kernel_distance"] = dict(zip(("mean", "deviation"), kernel_distance(a["features"], b["features"], **settings)), **settings)
     return found | a["note"]
 
 
@@ -492,80 +454,54 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, an npz of pictures (arr_0) or statistics (mu, sigma), or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its held-out pictures (default: the data set of the run A)")
-    p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers (the held-out ones of its data set if B is statistics)")
+    p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers")
     p.add_argument("--kid", action="store_true", help="also the kernel distance; keeps all features in memory")
     p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, trained if missing; "
                    "or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="how Inception's input is resized (default: %(default)s)")
-    p.add_argument("--size", type=int, help="crop pictures to this side before Inception (default: the run's, else none)")
-    p.add_argument("--data", help="data set whose classifier gives the features (default: the one behind B or A)")
-    p.add_argument("--count", type=int, help="pictures of A (default: of a run 2000, with Inception 50000; else all)")
-    p.add_argument("--reference-count", type=int, help="pictures of B (default: of a run 2000, with Inception 50000; else all)")
+    p.add_argument("--size", type=int, help="side to which pictures are cropped before Inception (default: the run's)")
+    p.add_argument("--count", type=int, help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
-    g = p.add_argument_group("samples of a run")
-    g.add_argument("--seed", type=int, default=0, help="as in sample.py: the same pictures (default: %(default)s)")
-    g.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
-    g.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
-                   help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
-    for name, kind, text in (("ar-steps", int, "AR steps, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"), ("cfg", float, "guidance scale")):
-        g.add_argument(f"--{name}", type=kind, help=f"{text} (default: the run's)")
-    g.add_argument("--batch-size", type=int, default=100, help="pictures at once (default: %(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
-    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in sample.py; features are always fp32 (default: %(default)s)")
+    sample.add_options(p.add_argument_group("samples of a run"))
     return p.parse_args(argv)
 
 
 def evaluate(args):
     """Measure everything, in all processes -> the report, in process 0."""
-    run = open_run(args.pictures, args.device, args.weights) if kind_of(args.pictures) == "run" else None
-    if args.rfd and not run:
+    run = next((open_run(what, args.device, args.weights) for what in (args.pictures, args.reference) if what and kind_of(what) == "run"), None)
+    if args.rfd and kind_of(args.pictures) != "run":
         raise SystemExit(f"--rfd reconstructs by the tokenizers of a run, and {args.pictures} is none")
     args.reference = args.reference or run and run.meta["data"]
     sides = [what for what in (args.pictures, args.reference) if what]
     saved = {what: found for what in sides if kind_of(what) == "npz" and (found := load_statistics(what))}
-    if args.kid and (known := [what for what in saved if not saved[what]["pictures"]]):
-        raise SystemExit(f"--kid needs the features of single pictures, and {known[0]} holds their statistics only")
-    for turn in (world()[0] == 0, world()[0] > 0):                           # process 0 fetches or trains, the others then read
-        if turn:
-            extractor = None if args.reference and all(what in saved for what in sides) and not args.kid else find_extractor(args)
-        gather(None)
-    if extractor:                                                            # statistics beside pictures are Inception's: other features take the pictures
-        theirs = not args.kid and args.resize == "torch-fidelity"
-        saved = {what: s for what, s in saved.items() if not s["pictures"] or theirs and s["mu"].size == extractor.width}
-    one = lambda what, count: saved.get(what) or measure(*open_pictures(what, count, extractor, args), extractor, args)
-    reference = args.reference and one(args.reference, args.reference_count)
-    pairs = [(one(args.pictures, args.count), reference)]
-    if args.rfd:
-        source = run.meta["data"] if saved.get(args.reference) else args.reference         # statistics have no pictures to reconstruct
-        originals = one(source, args.reference_count) if saved.get(args.reference) else reference
-        for tokenizer in ("vae", "vq"):
-            pictures, note = open_pictures(source, args.reference_count, extractor, args, run.size)
-            note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
-            pairs.append((measure(pictures, note, extractor, args, partial(reconstruct, run, tokenizer)), originals))
+    if saved and (args.kid or args.rfd):
+        raise SystemExit(f"--kid and --rfd need single pictures, and {next(iter(saved))} holds statistics")
+    if world()[0] > 0:                                                       # process 0 fetches or trains, the others then read
+        tokenizers.barrier()
+    extractor = find_extractor(args, run)
+    if world()[0] == 0:
+        tokenizers.barrier()
+    for what in saved:
+        if saved[what]["note"]["extractor"] not in (extractor.name, "not recorded"):
+            raise SystemExit(f"{what} holds features of {saved[what]['note']['extractor']}, not of {extractor.name}")
+
+    everything = lambda what: extractor.samples if kind_of(what) == "run" else None
+    one = lambda what, count: saved.get(what) or measure(*open_pictures(what, count, extractor.size, args), extractor, args)
+    reference = args.reference and one(args.reference, everything(args.reference))
+    measured = [one(args.pictures, args.count or everything(args.pictures))]
+    for tokenizer in ("vae", "vq") if args.rfd else ():
+        pictures, note = open_pictures(args.reference, everything(args.reference), run.size, args)
+        note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
+        measured.append(measure(pictures, note, extractor, args, partial(reconstruct, run, tokenizer)))
     if world()[0] > 0:
         return None
     if args.save_stats:
-        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **{k: pairs[0][0][k] for k in ("mu", "sigma", "n", "extractor")}))
-    name = extractor.name if extractor else pairs[0][0]["extractor"]
-    return dict(metric=FID.get(name, f"Frechet distance ({name}, not FID)"), extractor=extractor.about if extractor else name, reference=reference and reference["note"],
-                results=[compare(a, b, args.kid) if b else a["note"] for a, b in pairs])
-
-
-def tell(report, start, args):
-    """Print a line for each result, and write or print the whole."""
-    for r in report["results"]:
-        distance = f"{report['metric']} to {r['to']}: {r['frechet_distance']:.4g}" if "to" in r else report["metric"]
-        kernel = "KID" if report["metric"].startswith("FID") else "kernel distance"
-        kid = "; {0} {mean:.4g} +- {deviation:.2g}".format(kernel, **r["kernel_distance"]) if "kernel_distance" in r else ""
-        score = "".join(f"; {name} {r[key]['mean']:.3f} +- {r[key]['deviation']:.3f}" for name, key in (("IS", "inception_score"), ("IS(classifier)", "classifier_score")) if key in r)
-        print(f"{r['source']} ({r['count']}): {distance}{kid}{score}")
-    report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
-    if args.json:
-        tokenizers.write_whole(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
-    else:
-        print(json.dumps(report, indent=1))
+        keep = {k: measured[0][k] for k in ("mu", "sigma", "n")} | dict(extractor=extractor.name)
+        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **keep))
+    return dict(metric=extractor.metric, extractor=extractor.about, reference=reference and reference["note"],
+                results=[compare(a, reference, args.kid) if reference else a["note"] for a in measured])
 
 
 def main(argv=None):
@@ -574,13 +510,17 @@ def main(argv=None):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         dist.init_process_group("gloo", timeout=timedelta(days=1))           # only statistics travel: gloo serves GPUs too
     torch.backends.cudnn.allow_tf32 = False                                  # features are fp32 on every device
-    try:
-        if report := evaluate(args):
-            tell(report, start, args)
-        gather(None)                                                         # the others wait for process 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if report := evaluate(args):
+        for r in report["results"]:
+            found = [f"{report['metric']} to {r['to']}: {r['frechet_distance']:.4g}"] if "to" in r else []
+            found += [f"{key.replace('_', ' ')} {r[key]['mean']:.4g} +- {r[key]['deviation']:.2g}"
+                      for key in ("kernel_distance", "inception_score", "classifier_score") if key in r]
+            print(f"{r['source']} ({r['count']}): {'; '.join(found)}")
+        report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
+        text = json.dumps(report, indent=1)
+        tokenizers.write_whole(args.json, lambda file: file.write(text.encode())) if args.json else print(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import time
 import zipfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +270,17 @@ class System:
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)."""
         return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
 
+    def draw(self, seed, indices, y, settings, decode="continuous", amp="auto"):
+        """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W), seconds in the prior."""
+        start, x_d = time.time(), None
+        with autocast(amp, self.device):
+            if decode == "discrete" or self.model.guidance != "none":        # plain MAR does without X_d
+                x_d = self.draw_discrete(seed, indices, y, settings)
+            seconds = time.time() - start
+            if decode == "discrete":
+                return self.decode_discrete(x_d), seconds
+            return self.decode_continuous(self.draw_continuous(seed, indices, y, x_d, settings)), seconds
+
 
 def tile(images, columns):
     """uint8 (n, 3, H, W), n a multiple of columns -> one picture (n / columns * H, columns * W, 3), row by row."""
@@ -329,15 +338,8 @@ def draw_pngs(system, folder, labels, settings, args, rank, ranks):
     for k in range(0, len(todo), args.batch_size):
         indices, start = todo[k:k + args.batch_size], time.time()
         y = torch.tensor([labels[i] for i in indices], device=system.device)
-        with autocast(args.amp, system.device):
-            x_d = None
-            if args.decode == "discrete" or system.model.guidance != "none":                     # plain MAR does without X_d
-                x_d = system.draw_discrete(args.seed, indices, y, settings)
-                prior_seconds += time.time() - start
-            if args.decode == "discrete":
-                pictures = system.decode_discrete(x_d)
-            else:
-                pictures = system.decode_continuous(system.draw_continuous(args.seed, indices, y, x_d, settings))
+        pictures, prior = system.draw(args.seed, indices, y, settings, args.decode, args.amp)
+        prior_seconds += prior
         pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
         seconds += time.time() - start
         for i, picture in zip(indices, pictures):
@@ -358,6 +360,22 @@ def gather(folder, count, out, columns):
         save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
 
 
+def add_options(p):
+    """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
+    p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=80, help="images at once in each process (default: %(default)s)")
+    p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
+    p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
+    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"),
+                             ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
+                             ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
+                             ("prior-temperature", float, "randomness of which codes the prior keeps")):
+        p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
+    p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py (default: %(default)s)")
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
@@ -366,18 +384,7 @@ def parse(argv=None):
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
     p.add_argument("--count", type=int, default=80, help="number of images")
-    p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes")
-    p.add_argument("--batch-size", type=int, default=80, help="images drawn at once by each process")
-    p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights")
-    p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer")
-    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"),
-                             ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
-                             ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
-                             ("prior-temperature", float, "randomness of which codes the prior keeps")):
-        p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
-    p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py")
+    add_options(p)
     return p.parse_args(argv)
 
 
