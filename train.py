@@ -424,22 +424,20 @@ def parse(argv=None):
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
     g.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
-    g.add_argument("--save-every", type=int, help="steps between checkpoints (unset: 200, in larger presets 2000)")
-    g.add_argument("--sample-every", type=int, help="steps between pictures, 0 for only at the end (unset: 1000, in larger presets 20000)")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures, 0 for only at the end")
     g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     return settle(p.parse_args(argv))
 
 
 def settle(args):
-    """Fill in what flags leave open: `recipe`, each stage's from the preset and the flags, and how often to save. SystemExit on contradictions."""
+    """Add `recipe`: each stage's length and rates, the preset's where no flag says otherwise. SystemExit on contradictions."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
-        if given and args.stage == kind:
-            raise SystemExit(f"--{kind} {given}: --stage {kind} would train it; give one of them")
-        if given and not Path(given).is_file():
-            raise SystemExit(f"--{kind} {given}: no such file")
+        if given and (args.stage == kind or not Path(given).is_file()):
+            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file"))
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
             raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
     if args.mixar_steps and args.mixar_epochs:
@@ -451,9 +449,6 @@ def settle(args):
         recipe |= {name: flag for name, flag in flags.items() if flag is not None}
         if "per" in recipe and flags["lr"] is None:
             recipe["lr"] *= recipe["batch"] / recipe["per"]
-    for name, tiny, large in (("save_every", 200, 2000), ("sample_every", 1000, 20000)):
-        if getattr(args, name) is None:
-            setattr(args, name, tiny if args.preset == "tiny" else large)
     return args
 
 
