@@ -13,12 +13,10 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import time
 import zipfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
