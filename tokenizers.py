@@ -111,38 +111,27 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y)
 
 
-class Halve(nn.Conv2d):
-    """Stride 2; zeros right and bottom only, and with MaskBit (TensorFlow's SAME) on both sides of an odd size."""
-
-    def __init__(self, c, maskbit):
-        super().__init__(c, c, 3, stride=2)
-        self.maskbit = maskbit
-
-    def forward(self, x):
-        top, left = (side % 2 * self.maskbit for side in x.shape[-2:])
-        return super().forward(zero_pad(x, (left, 1, top, 1)))
-
-
-class Double(nn.Conv2d):
-    def __init__(self, c, maskbit):
-        super().__init__(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return super().forward(interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """One resolution: residual blocks, the first `attn` of them followed by attention, then Halve, Double or nothing."""
+    """One resolution: residual blocks, the first `attn` of them followed by attention, then a step to half or double size, or none.
+
+    Halving pads right and bottom only, with MaskBit (TensorFlow's SAME) both sides where the size is odd.
+    """
 
     def __init__(self, c_in, c_out, blocks, attn, maskbit, resize=None):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, maskbit) for j in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(attn))
-        self.resize = resize(c_out, maskbit) if resize else nn.Identity()
+        self.resize = nn.Conv2d(c_out, c_out, 3, **(dict(stride=2) if resize == "halve" else dict(padding=1))) if resize else nn.Identity()
+        self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
         for j, block in enumerate(self.block):
             x = self.attn[j](block(x)) if j < len(self.attn) else block(x)
+        if self.how == "halve":
+            top, left = (side % 2 * self.maskbit for side in x.shape[-2:])
+            x = zero_pad(x, (left, 1, top, 1))
+        elif self.how == "double":
+            x = interpolate(x, scale_factor=2.0, mode="nearest")
         return self.resize(x)
 
 
@@ -154,7 +143,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, widths, blocks, out, maskbit):
         c, last = widths[-1], len(widths) - 1
-        down = (Level(widths[max(i - 1, 0)], width, blocks, blocks * (i == last and not maskbit), maskbit, Halve if i < last else None)
+        down = (Level(widths[max(i - 1, 0)], width, blocks, blocks * (i == last and not maskbit), maskbit, "halve" if i < last else None)
                 for i, width in enumerate(widths))
         super().__init__(OrderedDict(
             conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit), down=nn.Sequential(*down),
@@ -170,7 +159,7 @@ class Decoder(nn.Sequential):
 
     def __init__(self, widths, blocks, z, attn, maskbit):
         widths, last, count = widths[::-1], len(widths) - 1, blocks if maskbit else blocks + 1
-        up = (Level(widths[max(i - 1, 0)], width, count, count * (i == 0 and attn), maskbit, Double if i < last else None)
+        up = (Level(widths[max(i - 1, 0)], width, count, count * (i == 0 and attn), maskbit, "double" if i < last else None)
               for i, width in enumerate(widths))
         super().__init__(OrderedDict(
             conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], blocks if maskbit else 2, 0 if maskbit else 1, maskbit),
