@@ -189,17 +189,20 @@ def test_one_parameter_under_two_names_is_refused(tmp_path):
 
 
 class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/hostile-official-file-ran",)
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_hostile_and_truncated_files_are_refused_without_running_them(tmp_path, kind):
     """The one type allowed beside tensors is argparse.Namespace, and only with harmless content."""
-    state = golden.official(TINY[kind])
-    for content in ({"model": Hostile()}, state | {"args": Hostile()}, {"model": state, "args": argparse.Namespace(x=Hostile())}, {"model": state, "args": Path("x")}):
+    state, hostile = golden.official(TINY[kind]), Hostile(tmp_path / "it ran")
+    for content in ({"model": hostile}, state | {"args": hostile}, {"model": state, "args": argparse.Namespace(x=hostile)}, {"model": state, "args": Path("x")}):
         refused(save(tmp_path, content), kind, "it would run code when loaded")
-    assert not Path("/tmp/hostile-official-file-ran").exists()
+    assert not hostile.mark.exists()
     whole = save(tmp_path, state).read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "short.pth").write_bytes(whole[:length])

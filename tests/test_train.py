@@ -228,10 +228,6 @@ def test_recomputed_activations_are_not_kept():
 
 # ------------------------------------------------------------------ models from files
 
-def parts_of(runs):
-    return [word for kind in ("vae", "vq", "prior") for word in (f"--{kind}", str(runs / "shapes" / kind / "last.pt"))]
-
-
 def test_models_from_files_are_used_and_found_again(runs, tmp_path):
     """--vae, --vq, --prior: no stage trains them; the run names them, and refuses another prior or tokenizer at that place."""
     import shutil
