@@ -31,7 +31,7 @@ PRESETS = {
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
                  prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
                  sampling=dict(ar_steps=8, diffusion_steps=25, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
-                               prior_steps=24, prior_cfg=3.0, prior_power=1.0, prior_temperature=1.5)),
+                               prior_steps=24, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
                  mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
                  prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1),
