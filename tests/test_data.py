@@ -81,7 +81,8 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
     assert images.n == 5 and images[np.arange(5)].shape == (5, 3, 32, 32)
-    assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"]) == 2
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert len(meta["skipped"]) == 2 and meta["complete"]
     assert (images[np.array([4])][0] == tokenizers.open_source(str(folder), "train", 32, None).read(5)).all()
 
 
