@@ -332,11 +332,11 @@ def wanted_classes(text, classes):
 
 def draw_pngs(system, folder, labels, settings, args, rank, ranks):
     """One png per image in `folder`, in batches, skipping those that are there. -> images drawn, seconds, seconds in the prior."""
-    todo = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()]
+    missing = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()]
     seconds = prior_seconds = 0.0
-    bar = tqdm(total=len(todo), desc="samples", unit="img", disable=rank > 0 or None)
-    for k in range(0, len(todo), args.batch_size):
-        indices, start = todo[k:k + args.batch_size], time.time()
+    bar = tqdm(total=len(missing), desc="samples", unit="img", disable=rank > 0 or None)
+    for k in range(0, len(missing), args.batch_size):
+        indices, start = missing[k:k + args.batch_size], time.time()
         y = torch.tensor([labels[i] for i in indices], device=system.device)
         pictures, prior = system.draw(args.seed, indices, y, settings, args.decode, args.amp)
         prior_seconds += prior
@@ -346,7 +346,7 @@ def draw_pngs(system, folder, labels, settings, args, rank, ranks):
             tokenizers.write_whole(folder / f"{i:06d}.png", lambda file: Image.fromarray(picture).save(file, "png"))
         bar.update(len(indices))
     bar.close()
-    return len(todo), seconds, prior_seconds
+    return len(missing), seconds, prior_seconds
 
 
 def gather(folder, count, out, columns):
