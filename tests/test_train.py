@@ -76,6 +76,24 @@ def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path):
     assert weights(tmp_path / "run" / "last.pt", "ema_start") == 2
 
 
+# ------------------------------------------------------------------ rates and averages
+
+def test_rate_warms_up_then_stays_or_anneals_to_a_tenth():
+    recipe = dict(lr=2.0, warmup=4, steps=100, anneal=False)
+    assert [train.learning_rate(recipe, step) for step in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
+    assert train.learning_rate(recipe | dict(warmup=0.1), 4) == 1.0, "a warm-up below 1 is a share of all steps"
+    assert [round(train.learning_rate(recipe | dict(anneal=True), step), 9) for step in (50, 100)] == [1.1, 0.2]
+
+
+def test_moving_average_warms_up():
+    """Decay min(decay, (1 + n) / (10 + n)): 0.1 at first, 0.5 at n = 8, then the given one."""
+    for n, expected in ((0, 0.1), (8, 0.5), (10 ** 6, 0.75)):
+        ema, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(ema.weight), torch.nn.init.zeros_(model.weight)
+        train.update_ema(ema, model, n, 0.75)
+        assert abs(float(ema.weight.detach()) - expected) < 1e-6
+
+
 # ------------------------------------------------------------------ resuming
 
 def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(runs, tmp_path):
@@ -414,6 +432,9 @@ def test_png_gif_classes_and_the_time_line(runs, tmp_path, capsys):
     line = capsys.readouterr().out
     assert "s/image" in line and "of it the prior" in line and "3 AR x 3 diffusion" in line and "cpu" in line
     assert Image.open(tmp_path / "g.png").size == (64, 96) and not (tmp_path / "g.png.parts").exists()
+    sample.main([*base, "--count", "4", "--classes", "0,1,2", "--out", str(tmp_path / "three.png")])
+    assert Image.open(tmp_path / "three.png").size == (96, 64)
+    assert sample.wanted_classes("star,3", ["disc", "ring", "square", "triangle", "star"]) == [4, 3] and sample.wanted_classes("all", "abc") == [0, 1, 2]
     sample.main([*base, "--count", "10", "--out", str(tmp_path / "g.gif")])
     assert Image.open(tmp_path / "g.gif").n_frames == 4
     with pytest.raises(SystemExit, match="--classes zebra: unknown class"):
