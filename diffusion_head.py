@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import embedding, layer_norm
+from torch.nn.functional import embedding, layer_norm, silu
 
 T = 1000                                                                     # [MAR]
 
@@ -141,7 +141,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(W, eps=1e-6)
         self.mlp = nn.Sequential(linear(W, W), nn.SiLU(), linear(W, W))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(W, 3 * W, zero=True))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), linear(W, 3 * W, zero=True))         # its SiLU is in Denoiser, once for all
 
     def forward(self, h, y):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -152,7 +152,7 @@ class FinalLayer(nn.Module):
     def __init__(self, W, C):
         super().__init__()
         self.linear = linear(W, 2 * C, zero=True)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(W, 2 * W, zero=True))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), linear(W, 2 * W, zero=True))
 
     def forward(self, h, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -172,7 +172,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t, z):
         """x (..., M, C), t (..., M) or () int 0..999, z (M, D) -> eps, v, each (..., M, C) float32."""
-        y = self.time_embed(t) + self.cond_embed(z)                          # (..., M, W)
+        y = silu(self.time_embed(t) + self.cond_embed(z))                    # (..., M, W)
         h = self.input_proj(x)
         for block in self.res_blocks:
             h = block(h, y)

@@ -506,6 +506,7 @@ def evaluate(args):
 
 def main(argv=None):
     args, start = parse(argv), time.time()
+    sample.keep_memory()
     if "LOCAL_RANK" in os.environ:                                           # started by torchrun
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         dist.init_process_group("gloo", timeout=timedelta(days=1))           # only statistics travel: gloo serves GPUs too

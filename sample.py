@@ -10,10 +10,12 @@ Try: python sample.py runs/shapes-dcmix --out samples.png
 B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to predict.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
 import shutil
+import sys
 import time
 import zipfile
 from contextlib import nullcontext
@@ -120,6 +122,13 @@ def autocast(amp, device):
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         amp = "bf16" if fast else "fp32"
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "fp32" else nullcontext()
+
+
+def keep_memory():
+    """Have glibc keep freed memory for the next large tensor: fresh pages for each took a fifth of a training step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
 
 
 # ------------------------------------------------------------------ X_d ~ p_phi(X_d)
@@ -390,6 +399,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    keep_memory()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     given = {kind: getattr(args, kind) for kind in ("vae", "vq", "prior")}

@@ -154,7 +154,7 @@ def make_optimizer(model, recipe):
     """AdamW; decay only on matrices and tables outside the diffusion head.   [MAR]"""
     decays = lambda name, p: p.ndim > 1 and "diffloss" not in name
     groups = [dict(params=[p for n, p in model.named_parameters() if decays(n, p) == flag], weight_decay=recipe["decay"] * flag) for flag in (True, False)]
-    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"])
+    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
 
 
 def learning_rate(recipe, step):
@@ -454,6 +454,7 @@ def settle(args):
 
 def main(argv=None):
     args = parse(argv)
+    sample.keep_memory()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
     if "LOCAL_RANK" in os.environ:                                           # started by torchrun

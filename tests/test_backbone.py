@@ -513,3 +513,17 @@ def test_golden_prior_guidance(bit, steps):
     """MaskBit's cosine guidance of power 3: 0 in the first step, never quite 5.8."""
     found = torch.tensor([sample.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
     assert golden.difference(found, bit[f"schedule_guidance_{steps}"]) < 1e-6
+
+
+def test_dropout_drops_the_share_p_and_keeps_the_mean():
+    """A share p of the entries is 0 whichever part of a 64-bit draw decides them, the others and their gradients are divided by 1 - p; p = 0 drops nothing."""
+    torch.manual_seed(0)
+    x = torch.ones(250, 403, requires_grad=True)                             # 100,750 entries, not a multiple of 4
+    y = backbone.dropout(x, 0.1)
+    y.sum().backward()
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.9]) and torch.equal(x.grad, y)
+    for lane in range(4):
+        assert (y.flatten()[lane::4] == 0).double().mean().item() == pytest.approx(0.1, abs=0.006)       # 3 deviations
+    neighbours = (y.flatten()[:-1] == 0) & (y.flatten()[1:] == 0)
+    assert neighbours.double().mean().item() == pytest.approx(0.01, abs=0.001)
+    assert torch.equal(backbone.dropout(x, 0.0), x)
