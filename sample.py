@@ -179,8 +179,9 @@ def hidden_after(s, steps, N, hidden):
 def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, bound=None, on_step=None):
     """Eq. (6): fill the masked X_c in ar_steps steps, each token by the diffusion head.   [MAR]
 
-    x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), noise(now (B, N) bool) ->
-    (diffusion_steps, rows, C) standard normal for the tokens of this step, on_step(m) sees the mask left.
+    x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), diffusion_steps: of every AR step, or of the
+    first and the last, linear between [ours]; noise(now (B, N) bool, n) -> (n, rows, C) standard normal for the n diffusion
+    steps of the tokens of this AR step; on_step(m) sees the mask left.
     cfg is the guidance scale, growing linearly with the tokens known or constant; bound: see diffusion_head. -> x_c (B, N, C).
     """
     B, N = order.shape
@@ -193,7 +194,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         now = m & ~mixing.hide(order, left)
         z = model(x_c, x_d, m, y, ~everybody)[now]                           # (rows, D)
         z_uncond = model(x_c, x_d, m, y, everybody)[now] if cfg != 1 else None
-        x_c[now] = model.diffloss.sample(z, noise(now), diffusion_steps, temperature, z_uncond, scale, bound)
+        n = round(np.interp(s, (0, max(ar_steps - 1, 1)), np.broadcast_to(diffusion_steps, 2)))
+        x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
         hidden = left
         if on_step:
             on_step(mixing.hide(order, hidden))
@@ -261,10 +263,10 @@ class System:
 
     def draw_continuous(self, seed, indices, y, x_d, settings, on_step=None):
         """X_c given X_d -> (B, N, d_c), normalised."""
-        draws, steps, C = Draws(seed, indices, 1, self.device), settings["diffusion_steps"], self.model.d_c
+        draws, C = Draws(seed, indices, 1, self.device), self.model.d_c
         order = draws.order(self.model.N)
-        noise = lambda now: draws.normal(steps, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
-        return generate(self.model, x_d, y, order, noise, settings["ar_steps"], steps, settings["cfg"], settings["cfg_schedule"],
+        noise = lambda now, n: draws.normal(n, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
+        return generate(self.model, x_d, y, order, noise, settings["ar_steps"], settings["diffusion_steps"], settings["cfg"], settings["cfg_schedule"],
                         settings["temperature"], settings["bound"], on_step)
 
     @torch.no_grad()
@@ -369,13 +371,20 @@ def gather(folder, count, out, columns):
         save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
 
 
+def steps(text):
+    """"25" -> 25, "40:10" -> [40, 10]."""
+    numbers = [int(number) for number in text.split(":")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=80, help="images at once in each process (default: %(default)s)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
-    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"), ("diffusion-steps", int, "steps of the diffusion head, Eq. 5"),
+    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"),
+                             ("diffusion-steps", steps, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
                              ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
                              ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
                              ("prior-temperature", float, "randomness of which codes the prior keeps")):

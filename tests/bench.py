@@ -74,7 +74,7 @@ def bench_generate():
         for cfg in (1.0, 3.0):
             def run():
                 draws = sample.Draws(0, range(B), 1)
-                noise = lambda now: draws.normal(100, int(now[0].sum()), 32).transpose(0, 1).flatten(1, 2)
+                noise = lambda now, n: draws.normal(n, int(now[0].sum()), 32).transpose(0, 1).flatten(1, 2)
                 with sample.autocast(amp, torch.device("cpu")):
                     sample.generate(model, torch.ones(B, 256, 14), torch.arange(B), draws.order(256), noise, 8, 100, cfg)
             report(f"MAR-B 8 x 100 steps, guidance {cfg:.0f}", amp, B, run, 1)

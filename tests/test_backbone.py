@@ -315,7 +315,7 @@ def test_golden_generate(name, steps, cfg, schedule):
     """Whole latents: with all noise zero, or with given first noise; guided or not; without classes."""
     g, model, predicted = golden.load("mar_sample_tiny"), tiny_mar(), []
 
-    def noise(now):
+    def noise(now, n):
         predicted.append(now.sum(1).tolist())
         first = g["noise_per_token"][now] if name.startswith("noise") else torch.zeros(int(now.sum()), 8)
         return torch.cat([first[None], torch.zeros(24, *first.shape)])
@@ -345,7 +345,7 @@ class Recorder:
     d_c = 1
 
     def __init__(self):
-        self.counts, self.scales, self.diffloss = [], [], SimpleNamespace(sample=self.sample)
+        self.counts, self.scales, self.steps, self.diffloss = [], [], [], SimpleNamespace(sample=self.sample)
 
     def __call__(self, x_c, x_d, m, y, drop):
         return torch.zeros(*m.shape, 1)
@@ -353,6 +353,7 @@ class Recorder:
     def sample(self, z, noise, steps, temperature, z_uncond, scale, bound):
         self.counts.append(len(z))
         self.scales.append(scale)
+        self.steps.append(steps)
         return torch.zeros(len(z), 1)
 
 
@@ -360,7 +361,7 @@ class Recorder:
 def test_golden_generation_schedule_of_256_tokens(steps):
     """How many tokens each of MAR's steps predicts, and the linear guidance that never quite reaches cfg."""
     g, model = golden.load("mar_sample_tiny"), Recorder()
-    sample.generate(model, None, torch.tensor([0]), torch.arange(256)[None], lambda now: None, steps, 25, 3.0)
+    sample.generate(model, None, torch.tensor([0]), torch.arange(256)[None], lambda now, n: None, steps, 25, 3.0)
     assert model.counts == g[f"schedule256_iter{steps}_num_predicted"].tolist()
     torch.testing.assert_close(torch.tensor(model.scales).double(), g[f"schedule256_iter{steps}_cfg_iter_cfg3"], rtol=1e-6, atol=0)
 
@@ -374,15 +375,23 @@ def test_golden_generation_schedule_of_16_tokens(name):
         hidden = sample.hidden_after(s, len(masks), 16, hidden)
         assert hidden == expected, f"step {s}"
     schedule = "constant" if "constant" in name else "linear"
-    sample.generate(model, None, torch.tensor([0]), torch.arange(16)[None], lambda now: None, len(masks), 25, 3.0, schedule)
+    sample.generate(model, None, torch.tensor([0]), torch.arange(16)[None], lambda now, n: None, len(masks), 25, 3.0, schedule)
     torch.testing.assert_close(torch.tensor(model.scales).double(), g[f"{name}_cfg_iter"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("given, ar_steps, expected", [(25, 4, [25] * 4), ((40, 10), 4, [40, 30, 20, 10]), ([40, 10], 1, [40])])
+def test_diffusion_steps_fall_linearly_over_the_ar_steps(given, ar_steps, expected):
+    """One number holds for every AR step; of two, the first AR step has the first and the last the second. The noise is of the same length."""
+    model, asked = Recorder(), []
+    sample.generate(model, None, torch.tensor([0]), torch.arange(16)[None], lambda now, n: asked.append(n), ar_steps, given)
+    assert model.steps == asked == expected
 
 
 def test_more_steps_than_tokens_still_fill_every_token_once():
     """40 steps of 16 tokens, guided: some steps predict nothing, every token is predicted exactly once."""
     g, predicted = golden.load("mar_sample_tiny"), torch.zeros(2, 16)
 
-    def noise(now):
+    def noise(now, n):
         predicted.add_(now)
         return torch.zeros(2, int(now.sum()), 8)
 
