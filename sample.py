@@ -212,6 +212,11 @@ def to_bytes(x):
     return ((x + 1) * 127.5).clamp(0, 255).round().byte()
 
 
+def truncate(x):
+    """Pictures in [0, 1] to uint8, cut off.   [MaskBit]"""
+    return (x.clamp(0, 1) * 255).byte()
+
+
 def same_size(path, **sizes):
     """SystemExit unless both of every pair are equal."""
     for what, (found, expected) in sizes.items():
@@ -274,7 +279,7 @@ class System:
         """bits (B, N, d_d) -> uint8 (B, 3, H, W). SystemExit without bits or bit tokenizer."""
         if x_d is None or not self.vq:
             raise SystemExit("pictures of discrete tokens need --vq FILE and --prior FILE beside an official MAR")
-        return to_bytes(self.vq.decode(self.grid(x_d)) * 2 - 1)
+        return truncate(self.vq.decode(self.grid(x_d)))
 
     @torch.no_grad()
     def decode_continuous(self, x_c):

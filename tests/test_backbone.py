@@ -252,13 +252,16 @@ def test_golden_mar_mask(g):
     assert mixing.sample_mask(g["orders"], float(g["train_mask_rate"])).tolist() == g["mask"].bool().tolist()
 
 
+@pytest.mark.parametrize("suffix, drop, everything", [("", False, False), ("_uncond", True, False), ("_all_masked", False, True)])
 @torch.no_grad()
-def test_golden_mar_forward(g):
-    """z with classes, without classes, and with everything hidden as in the first step of generation."""
-    model, m = tiny_mar(), g["mask"].bool()
-    assert golden.difference(forward(model, g, m, False), g["decoder_z"]) < 1e-5
-    assert golden.difference(forward(model, g, m, True), g["decoder_z_uncond"]) < 1e-5
-    assert golden.difference(forward(model, g, torch.ones_like(m), False), g["decoder_z_all_masked"]) < 1e-5
+def test_golden_mar_forward(g, suffix, drop, everything):
+    """The encoder's output and z with classes, without classes, and with everything hidden as in the first step of generation."""
+    model, m, seen = tiny_mar(), g["mask"].bool(), []
+    assert m.sum(1).tolist() == [int(g["num_masked"])] * 3
+    model.encoder_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    z = forward(model, g, torch.ones_like(m) if everything else m, drop)
+    assert golden.difference(seen[0], g[f"encoder_out{suffix}"]) < 1e-5
+    assert golden.difference(z, g[f"decoder_z{suffix}"]) < 1e-5
 
 
 @pytest.mark.parametrize("probe", ["all", "nogain"])
@@ -515,6 +518,22 @@ def test_golden_prior_sampler(bit, name, steps, guidance):
     for i, x in enumerate(seen):
         assert torch.equal(x, expected[i]), f"what the model sees in step {i}"
     assert torch.equal(mixing.bits_to_codes(bits), bit[f"{name}_tokens"])
+
+
+@pytest.mark.parametrize("steps", [8, 64, 256])
+def test_golden_prior_schedule_of_512_codes(bit, steps):
+    """How many of 256 x 2 codes are still masked before each step."""
+    class Counting:
+        pos_emb, splits, bits = torch.zeros(1, 257, 1), 2, 14
+
+        def __call__(self, x, y):
+            seen.append(int((x.unflatten(-1, (2, 7))[..., 0] == 0).sum()))
+            return torch.zeros(1, 256, 2, 128)
+
+    seen, generator = [], torch.Generator().manual_seed(0)
+    sample.sample_prior(Counting(), torch.tensor([0]), lambda logits: torch.zeros(1, 256, 2, dtype=torch.long),
+                        lambda: torch.rand(1, 256, 2, generator=generator), steps, 0.0, 3.0, 1.0)
+    assert seen == bit[f"schedule_num_masked_before_step_512_{steps}"].tolist()
 
 
 @pytest.mark.parametrize("steps", [8, 64, 256])

@@ -94,6 +94,23 @@ def test_moving_average_warms_up():
         assert abs(float(ema.weight.detach()) - expected) < 1e-6
 
 
+def test_golden_moving_average():
+    """MaskBit's decays and average, from its second update on: its first copies the weights, ours keeps a tenth of the start."""
+    g = golden.load("maskbit_generator_tiny")
+    ema, model = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    ema.weight.data[0] = g["ema_trace"][0]
+    model.weight.data[0] = torch.tensor([1.5, -1.5])                         # after the first update
+    for n in range(1, 12):
+        model.weight.data += 0.5
+        train.update_ema(ema, model, n, 0.999)
+        assert golden.difference(ema.weight.detach()[0], g["ema_trace"][n]) < 1e-6
+    for n, decay in zip(g["ema_decay_at_step"].tolist(), g["ema_decay_at"].tolist()):
+        ema.weight.data.fill_(1)
+        model.weight.data.zero_()
+        train.update_ema(ema, model, n - 1, 0.999)
+        assert n == 1 or ema.weight.detach()[0, 0].item() == pytest.approx(decay, abs=1e-6)
+
+
 # ------------------------------------------------------------------ resuming
 
 def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(runs, tmp_path):
