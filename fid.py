@@ -323,11 +323,26 @@ open_run = lru_cache(2)(sample.System)                                       # (
 
 
 def draw_run(system, numbers, settings, args):
-    """Samples of a run: number i has class i mod K and is the picture sample.py draws under the same seed."""
+    """Samples of a run: number i has class i mod K and is the picture sample.py draws under the same seed; with --truth, class and X_d of held-out picture i."""
+    held_out = held_out_pictures(system.meta["data"], system.size) if args.truth else None
     for start in range(0, len(numbers), args.batch_size):
-        indices = numbers[start:start + args.batch_size]
-        y = torch.tensor([i % len(system.meta["classes"]) for i in indices], device=system.device)
-        yield from system.draw(args.seed, indices, y, settings, args.decode, args.amp)[0].cpu().numpy()
+        indices, x_d = numbers[start:start + args.batch_size], None
+        labels = [i % len(system.meta["classes"]) for i in indices]
+        if held_out:
+            pictures = [held_out.read(i) for i in indices]
+            yield from (p for p in pictures if isinstance(p, str))           # named and skipped
+            indices = [i for i, p in zip(indices, pictures) if not isinstance(p, str)]
+            labels, x_d = held_out.labels[indices], system.encode_discrete(np.stack([p for p in pictures if not isinstance(p, str)]))
+        y = torch.tensor(labels, device=system.device)
+        yield from system.draw(args.seed, indices, y, settings, args.decode, args.amp, x_d)[0].cpu().numpy()
+
+
+def held_out_pictures(data, size):
+    """SystemExit if nothing is held out."""
+    try:
+        return tokenizers.open_source(data, "test", size, None)
+    except LookupError as error:
+        raise SystemExit(f"--truth needs X_d of held-out pictures: {data} has {error}") from None
 
 
 def read_npz(what):
@@ -362,7 +377,7 @@ def open_pictures(what, count, size, args):
     if kind == "run":
         system = open_run(what, args.device, args.weights)
         settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
-        note |= {k: getattr(args, k) for k in ("decode", "seed", "weights", "amp", "batch_size")} | dict(step=system.step, settings=settings)
+        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size")} | dict(step=system.step, settings=settings)
         return draw_run(system, range(count)[rank::ranks], settings, args), note
     if kind == "npz":
         return islice(read_npz(what), rank, count, ranks), note
@@ -455,6 +470,7 @@ def parse(argv=None):
     p.add_argument("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, an npz of pictures (arr_0) or statistics (mu, sigma), or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its held-out pictures (default: the data set of the run A)")
     p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers")
+    p.add_argument("--truth", action="store_true", help="samples of the run A from X_d of its data's held-out pictures instead of the prior's")
     p.add_argument("--kid", action="store_true", help="also the kernel distance; keeps all features in memory")
     p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, trained if missing; "
                    "or a file of either (default: %(default)s)")

@@ -275,6 +275,12 @@ class System:
                         settings["temperature"], settings["bound"], on_step)
 
     @torch.no_grad()
+    def encode_discrete(self, pictures):
+        """uint8 (B, 3, H, W) -> bits (B, N, d_d)"""
+        x = torch.as_tensor(pictures).to(self.device).float() / 255
+        return tokenizers.quantise(self.vq.encode(x)).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
     def decode_discrete(self, x_d):
         """bits (B, N, d_d) -> uint8 (B, 3, H, W). SystemExit without bits or bit tokenizer."""
         if x_d is None or not self.vq:
@@ -286,11 +292,14 @@ class System:
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)."""
         return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
 
-    def draw(self, seed, indices, y, settings, decode="continuous", amp="auto"):
-        """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W), seconds in the prior."""
-        start, x_d = time.time(), None
+    def draw(self, seed, indices, y, settings, decode="continuous", amp="auto", x_d=None):
+        """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W), seconds in the prior.
+
+        x_d (B, N, d_d): bits to take instead of the prior's.
+        """
+        start = time.time()
         with autocast(amp, self.device):
-            if decode == "discrete" or self.model.guidance != "none":        # plain MAR does without X_d
+            if x_d is None and (decode == "discrete" or self.model.guidance != "none"):          # plain MAR does without X_d
                 x_d = self.draw_discrete(seed, indices, y, settings)
             seconds = time.time() - start
             if decode == "discrete":
