@@ -77,7 +77,7 @@ def run(data, seed, only):
             continue
         print(time.strftime("%H:%M:%S"), data, seed, key, flush=True)
         start = time.time()
-        subprocess.run([sys.executable, *command, *(["--json", str(report)] if command[0] == "fid.py" else [])], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command, *(["--json", str(report)] if command[0] == "fid.py" else [])], cwd=ROOT, check=True)
         entry = dict(data=data, seed=seed, key=key, command="python " + " ".join(command), commit=commit, hardware=hardware(),
                      date=time.strftime("%Y-%m-%d %H:%M"), seconds=round(time.time() - start, 1))
         if report.is_file():
@@ -92,8 +92,8 @@ def values(result):
 
 
 def collect():
-    """All reports of runs*/findings -> assets/findings.json, one line an entry."""
-    entries = [json.loads(path.read_text()) for path in sorted(ROOT.glob("runs*/findings/*.json"))]
+    """All reports of fid.py in runs*/findings -> assets/findings.json, one line an entry."""
+    entries = [entry for path in ROOT.glob("runs*/findings/*.json") if "results" in (entry := json.loads(path.read_text()))]
     entries.sort(key=lambda e: (e["data"], e["key"], e["seed"]))
     RESULTS.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
 
