@@ -30,6 +30,7 @@ AR_STEPS, DIFFUSION_STEPS, ANNEALED = (1, 2, 4, 8, 16, 32, 64), (5, 10, 15, 25, 
 # guidance and temperature, chosen for each method on 1,000 validation pictures (of shapes, of fashion-mnist's train split), seed 0; else the run's
 SETTINGS = {"shapes": dict(none="", guided="", discrete="--prior-cfg 3"),
             "fashion-mnist": dict(none="--cfg 9 --temperature 0.75", guided="--prior-cfg 3 --cfg 6 --temperature 0.75", discrete="--prior-cfg 9")}
+COUNT = 2000                                                                 # samples of a row
 LONGER = 600                                                                 # steps of Fig. 8 beyond the dcmix checkpoint
 
 
@@ -46,13 +47,14 @@ def plan(data, seed):
         kind = "discrete" if "discrete" in more else "none" if run == "none" else "guided"
         steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features, *SETTINGS[data][kind].split(), *more]))
 
-    score("dcmix", "dcmix", 10000, "--rfd")                                  # Table 1
+    score("dcmix", "dcmix", COUNT, "--rfd")                                  # Table 1
     for guidance in ("none", "dcsa", "dcca"):
-        score(guidance, guidance, 10000)
-    score("discrete", "dcmix", 10000, "--decode", "discrete")
-    for run in ("dcmix", "longer", "ti"):                                    # Fig. 8
-        score(f"{run} of 2000", run, 2000)
-        score(f"{run} truth", run, 2000, "--truth")
+        score(guidance, guidance, COUNT)
+    score("discrete", "dcmix", COUNT, "--decode", "discrete")
+    for run in ("longer", "ti"):                                             # Fig. 8
+        score(run, run, COUNT)
+    for run in ("dcmix", "longer", "ti"):
+        score(f"{run} truth", run, COUNT, "--truth")
     for n in AR_STEPS:                                                       # beyond the paper
         for run in ("none", "dcmix"):
             score(f"{run} ar {n}", run, 1000, "--ar-steps", str(n))
@@ -143,7 +145,7 @@ def tables(entries):
         "Table 1": markdown(["", *(f"{d} {v}" for d in data for v in ("FD", "CS")), "parameters"],
                             [[label, *both(key, place), parameters] for label, key, place, parameters in TABLE_1]),
         "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in data)],
-                             [[label, *FD(f"{key} of 2000"), *FD(f"{key} truth")] for label, key in FIGURE_8]),
+                             [[label, *FD(key), *FD(f"{key} truth")] for label, key in FIGURE_8]),
         "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)]
                                                           for d in data for run in ("none", "dcmix")]),
         "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
