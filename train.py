@@ -150,6 +150,13 @@ class Loss(nn.Module):
         return self.loss(self.model, *batch)
 
 
+def distributed(module, device):
+    """For several processes, with the mean of their gradients."""
+    if world()[1] == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+
+
 def make_optimizer(model, recipe):
     """AdamW; decay only on matrices and tables outside the diffusion head.   [MAR]"""
     decays = lambda name, p: p.ndim > 1 and "diffloss" not in name
@@ -172,9 +179,9 @@ def update_ema(ema, model, n, decay):
 
 
 class Log:
-    """log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
+    """Progress bar, log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
 
-    def __init__(self, folder, step, B, tensorboard):
+    def __init__(self, folder, kind, step, steps, B, tensorboard):
         folder.mkdir(parents=True, exist_ok=True)
         path, rows = folder / "log.csv", []
         if path.is_file():
@@ -190,8 +197,14 @@ class Log:
             except ImportError:
                 raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard") from None
             self.board = SummaryWriter(folder)
+        self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
 
-    def write(self, step, loss, lr, grad_norm):
+    def write(self, step, loss, lr, grad_norm, due):
+        """Move the bar; where `due`, a row."""
+        self.bar.update()
+        if not due:
+            return
+        self.bar.set_postfix(loss=f"{loss:.4f}")
         seconds = time.time() - self.start
         self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4), seconds=round(self.before + seconds, 2),
                                   images_per_second=round((step - self.first) * self.B / seconds, 1)))
@@ -201,10 +214,10 @@ class Log:
                 self.board.add_scalar(name, value, step)
 
 
-def restore(path, init, kind, settings, model, ema, optimizer, scaler):
+def restore(path, init, kind, settings, keeps):
     """Take up last.pt, or start from another checkpoint's weights (--init) -> steps done, EMA updates before step 0.
 
-    SystemExit on a damaged or foreign file, or one made with other settings.
+    keeps: model, ema, optimizer, scaler by name. SystemExit on a damaged or foreign file, or one made with other settings.
     """
     source = path if path.is_file() else init
     if not source:
@@ -213,13 +226,21 @@ def restore(path, init, kind, settings, model, ema, optimizer, scaler):
     saved = sample.load_checkpoint(source, kind)
     if source == path and saved["settings"] != settings:
         raise SystemExit(f"{path} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
-    for module, key in ((model, "model"), (ema, "ema")):
-        sample.load_weights(module, saved[key], source)
+    for key in ("model", "ema"):
+        sample.load_weights(keeps[key], saved[key], source)
     if source != path:
         return 0, saved["ema_start"] + saved["step"]
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    for key in ("optimizer", "scaler"):
+        keeps[key].load_state_dict(saved[key])
     return saved["step"], saved["ema_start"]
+
+
+def draw_batches(args, get_batch, n, B, step, parts, device):
+    """This rank's share of step `step` in `parts` parts -> [(batch, draw)]; seeds dropout, the one thing not drawn by `draw`."""
+    rank, ranks = world()
+    torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)
+    rows, draws = batch_rows(n, B, args.seed, step), [Draw(args.seed, step, B, device, part, parts) for part in range(parts)]
+    return [(tuple(a.to(device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
 
 
 def update(args, ddp, model, optimizer, scaler, parts, step):
@@ -260,26 +281,16 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     settings = dict(config=config, seed=args.seed, batch=B)
-    step, ema_start = restore(path, init, kind, settings, model, ema, optimizer, scaler)
+    keeps = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    step, ema_start = restore(path, init, kind, settings, keeps)
 
-    def save():
-        if rank == 0:
-            state = dict(kind=kind, config=config, settings=settings, meta=meta, step=step, ema_start=ema_start, model=model.state_dict(),
-                         ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), args=vars(args))
-            tokenizers.write_whole(path, lambda file: torch.save(state, file))
-
-    ddp = Loss(model.train(), loss)
-    if ranks > 1:
-        ddp = DistributedDataParallel(ddp, device_ids=[device] if device.type == "cuda" else None)
+    ddp = distributed(Loss(model.train(), loss), device)
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    log = Log(folder, step, B, args.tensorboard) if rank == 0 else None
-    bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, disable=rank > 0, mininterval=1)
+    log = Log(folder, kind, step, steps, B, args.tensorboard) if rank == 0 else None
     while step < steps:
-        torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)      # dropout only
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        rows, draws = batch_rows(n, B, args.seed, step), [Draw(args.seed, step, B, device, part, parts) for part in range(parts)]
-        batches = [(tuple(a.to(device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
+        batches = draw_batches(args, get_batch, n, B, step, parts, device)
         value, norm, taken = update(args, ddp, model, optimizer, scaler, batches, step)
         bad = 0 if taken else bad + 1
         if bad == 5:
@@ -288,19 +299,20 @@ def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, pre
         if taken:
             update_ema(ema, model, ema_start + step, args.ema)
         step += 1
-        bar.update()
-        if rank == 0 and (step % args.log_every == 0 or step == steps):
-            bar.set_postfix(loss=f"{value:.4f}")
-            log.write(step, value, group["lr"], norm)
+        if rank == 0:
+            log.write(step, value, group["lr"], norm, step % args.log_every == 0 or step == steps)
         stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=device)) > 0
         picture_due = preview and args.sample_every and step % args.sample_every == 0 and step < steps
-        if step % args.save_every == 0 or step == steps or stopping or picture_due:
-            save()
+        if rank == 0 and (step % args.save_every == 0 or step == steps or stopping or picture_due):
+            about = dict(kind=kind, config=config, settings=settings, meta=meta, step=step, ema_start=ema_start, args=vars(args))
+            saved = about | {name: part.state_dict() for name, part in keeps.items()}
+            tokenizers.write_whole(path, lambda file: torch.save(saved, file))
         if stopping:
             raise SystemExit(f"{kind}: stopped by SIGTERM at step {step}, saved in {path}; start again to go on")
         if rank == 0 and picture_due:
             preview(ema.eval(), step)
-    bar.close()
+    if rank == 0:
+        log.bar.close()
     signal.signal(signal.SIGTERM, previous)
     barrier()
     if rank == 0 and preview:
