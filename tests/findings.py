@@ -28,7 +28,7 @@ FASHION = "/usr/share/datasets/fashion-mnist"                                # D
 METHODS = ("none", "dcmix", "dcsa", "dcca")
 AR_STEPS, DIFFUSION_STEPS, ANNEALED = (1, 2, 4, 8, 16, 32, 64), (5, 10, 15, 25, 50, 100), ("15:5", "25:10", "50:10")
 # guidance and temperature, chosen for each method on 1,000 validation pictures (of shapes, of fashion-mnist's train split), seed 0; else the run's
-SETTINGS = {"shapes": dict(none="", guided="", discrete="--prior-cfg 3"),
+SETTINGS = {"shapes": dict(none="--cfg 2.5 --temperature 0.5", guided="--prior-cfg 1 --cfg 2.5 --temperature 0.5", discrete="--prior-cfg 3"),
             "fashion-mnist": dict(none="--cfg 9 --temperature 0.75", guided="--prior-cfg 3 --cfg 6 --temperature 0.75", discrete="--prior-cfg 9")}
 COUNT = 2000                                                                 # samples of a row
 LONGER = 600                                                                 # steps of Fig. 8 beyond the dcmix checkpoint
