@@ -324,7 +324,7 @@ open_run = lru_cache(2)(sample.System)                                       # (
 
 def draw_run(system, numbers, settings, args):
     """Samples of a run: number i has class i mod K and is the picture sample.py draws under the same seed; with --truth, class and X_d of held-out picture i."""
-    held_out = held_out_pictures(system.meta["data"], system.size) if args.truth else None
+    held_out = held_out_pictures(system.meta["data"], system.size, len(numbers) and numbers[-1] + 1) if args.truth else None
     for start in range(0, len(numbers), args.batch_size):
         indices, x_d = numbers[start:start + args.batch_size], None
         labels = [i % len(system.meta["classes"]) for i in indices]
@@ -337,12 +337,15 @@ def draw_run(system, numbers, settings, args):
         yield from system.draw(args.seed, indices, y, settings, args.decode, args.amp, x_d)[0].cpu().numpy()
 
 
-def held_out_pictures(data, size):
-    """SystemExit if nothing is held out."""
+def held_out_pictures(data, size, count):
+    """SystemExit if fewer than `count` are held out."""
     try:
-        return tokenizers.open_source(data, "test", size, None)
+        source = tokenizers.open_source(data, "test", size, None)
     except LookupError as error:
         raise SystemExit(f"--truth needs X_d of held-out pictures: {data} has {error}") from None
+    if len(source.labels) < count:
+        raise SystemExit(f"--count {count} with --truth: {data} holds out {len(source.labels)} pictures")
+    return source
 
 
 def read_npz(what):
@@ -400,12 +403,11 @@ def fit(picture, size):
 
 def reconstruct(system, tokenizer, pictures):
     """A list of uint8 (3, H, W) -> the same encoded and decoded by a run's "vae" (posterior mean) or "vq"."""
-    x = torch.tensor(np.stack([fit(p, system.size) for p in pictures])).to(system.device).float() / 255
-    if tokenizer == "vae":
-        y = system.vae.decode(system.vae.encode(x * 2 - 1)[0])
-    else:
-        y = system.vq.decode(tokenizers.quantise(system.vq.encode(x))) * 2 - 1
-    return sample.to_bytes(y).cpu().numpy()
+    x = np.stack([fit(p, system.size) for p in pictures])
+    if tokenizer == "vq":
+        return system.decode_discrete(system.encode_discrete(x)).cpu().numpy()
+    x = torch.tensor(x).to(system.device).float() / 127.5 - 1
+    return sample.to_bytes(system.vae.decode(system.vae.encode(x)[0])).cpu().numpy()
 
 
 # ------------------------------------------------------------------ pictures -> statistics -> report

@@ -412,6 +412,20 @@ def test_a_run_gives_the_pictures_of_sample_py(world, measured, tmp_path):
         assert other["frechet_distance"] > 1e-5 and other[flag] == value
 
 
+def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured, tmp_path):
+    """--truth: decoded alone they are the bit tokenizer's reconstructions; MixAR draws each with its picture's class, other pictures than from the prior's X_d."""
+    reconstructed = measured(RUN, "--rfd", "--count", "200")["results"][2]
+    alone = measured(RUN, "--truth", "--decode", "discrete", "--count", "200")["results"][0]
+    assert alone["frechet_distance"] == pytest.approx(reconstructed["frechet_distance"], rel=1e-6) and alone["truth"]
+    pictures, _ = fid.open_pictures(str(world / RUN), 200, SIZE, fid.parse([RUN, "--truth", "--amp", "fp32"]))
+    system, source = sample.System(world / RUN), tokenizers.open_source(str(world / "colours"), "test", SIZE, None)
+    x_d = system.encode_discrete(np.stack([source.read(i) for i in range(200)]))
+    expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], amp="fp32", x_d=x_d)[0]
+    assert np.array_equal(np.stack(list(pictures)), expected.numpy())
+    with pytest.raises(SystemExit, match="--count 201 with --truth: .*colours holds out 200 pictures"):
+        measured(RUN, "--truth", "--count", "201")
+
+
 def test_a_run_is_compared_with_the_held_out_pictures_of_its_data_by_default(world, measured):
     report = measured(f"{RUN}/last.pt", "--count", "150")
     assert report["reference"]["source"] == str(world / "colours") and report["reference"]["split"] == "held out"
@@ -529,7 +543,8 @@ def test_reconstruction_feeds_each_tokenizer_its_own_range():
     """The VAE works in [-1, 1] on posterior means, the bit tokenizer in [0, 1] on signs: ideal ones return the picture, and its bits."""
     same = SimpleNamespace(encode=lambda x: (x, None), decode=lambda z: z)
     signs = SimpleNamespace(encode=lambda x: x - 0.25, decode=lambda bits: (bits + 1) / 2)
-    system = SimpleNamespace(vae=same, vq=signs, size=SIZE, device=torch.device("cpu"))
+    system = sample.System.__new__(sample.System)
+    vars(system).update(vae=same, vq=signs, size=SIZE, device=torch.device("cpu"))
     pictures = list(blobs(5).transpose(0, 3, 1, 2))
     assert (fid.reconstruct(system, "vae", pictures) == np.stack(pictures)).all()
     assert (fid.reconstruct(system, "vq", pictures) == np.where(np.stack(pictures) / 255 > 0.25, 255, 0)).all()
