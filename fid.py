@@ -307,7 +307,7 @@ def find_extractor(args, run):
 def kind_of(what):
     """"run", "npz", "data" or "folder". SystemExit if there is no such thing."""
     path = Path(what)
-    if path.suffix == ".pt" or (path / "last.pt").is_file():
+    if path.suffix in (".pt", ".pth") or (path / "last.pt").is_file():
         return "run"
     if path.suffix == ".npz" and path.is_file():
         return "npz"
@@ -319,7 +319,11 @@ def kind_of(what):
     return "data" if len(inside) > 1 and all(p.is_dir() for p in inside) else "folder"
 
 
-open_run = lru_cache(2)(sample.System)                                       # (run, device, weights)
+load_run = lru_cache(2)(sample.System)
+
+
+def open_run(what, args):
+    return load_run(what, args.device, args.weights, vae=args.vae, vq=args.vq, prior=args.prior)
 
 
 def draw_run(system, numbers, settings, args):
@@ -378,9 +382,9 @@ def open_pictures(what, count, size, args):
     kind, (rank, ranks) = kind_of(what), world()
     note = dict(source=what, kind=kind)
     if kind == "run":
-        system = open_run(what, args.device, args.weights)
+        system = open_run(what, args)
         settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
-        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size")} | dict(step=system.step, settings=settings)
+        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", "vae", "vq", "prior")} | dict(step=system.step, settings=settings)
         return draw_run(system, range(count)[rank::ranks], settings, args), note
     if kind == "npz":
         return islice(read_npz(what), rank, count, ranks), note
@@ -488,7 +492,7 @@ def parse(argv=None):
 
 def evaluate(args):
     """Measure everything, in all processes -> the report, in process 0."""
-    run = next((open_run(what, args.device, args.weights) for what in (args.pictures, args.reference) if what and kind_of(what) == "run"), None)
+    run = next((open_run(what, args) for what in (args.pictures, args.reference) if what and kind_of(what) == "run"), None)
     if args.rfd and kind_of(args.pictures) != "run":
         raise SystemExit(f"--rfd reconstructs by the tokenizers of a run, and {args.pictures} is none")
     args.reference = args.reference or run and run.meta["data"]

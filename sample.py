@@ -395,6 +395,8 @@ def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=80, help="images at once in each process (default: %(default)s)")
+    for kind, text in (("vae", "KL-16 for an official MAR"), ("vq", "bit tokenizer, for --decode discrete"), ("prior", "another prior, ours or MaskBit's")):
+        p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
     for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"),
@@ -411,8 +413,6 @@ def add_options(p):
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
-    for kind, text in (("vae", "KL-16 for an official MAR"), ("vq", "bit tokenizer, for --decode discrete"), ("prior", "another prior, ours or MaskBit's")):
-        p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
     p.add_argument("--count", type=int, default=80, help="number of images")
@@ -425,7 +425,7 @@ def main(argv=None):
     keep_memory()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    given = {kind: getattr(args, kind) for kind in ("vae", "vq", "prior")}
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior)
     system = System(args.run, device, args.weights, **given)
     settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
     chosen = wanted_classes(args.classes, system.meta["classes"])

@@ -1,5 +1,6 @@
 """Official files, loaded by nothing but their path: the architecture from keys and shapes, and one clear line for what does not fit."""
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import backbone
+import fid
 import golden
 import sample
 
@@ -236,6 +238,16 @@ def test_sampling_an_official_mar_needs_its_vae_and_nothing_else(tmp_path, mar_f
                         (["--vae", kl_file(tmp_path, 8), "--decode", "discrete"], "need --vq FILE and --prior FILE")):
         with pytest.raises(SystemExit, match=words):
             sample.main([str(mar_file), *map(str, more), "--out", str(tmp_path / "x.npz"), *few])
+
+
+def test_an_official_mar_is_scored_without_a_run(tmp_path, mar_file):
+    """python fid.py mar_base.pth REFERENCE --vae kl16.ckpt: the pictures that sample.py draws, class i mod K."""
+    few = ["--vae", str(kl_file(tmp_path, 8)), "--count", "20", "--ar-steps", "2", "--diffusion-steps", "3", "--amp", "fp32"]
+    sample.main([str(mar_file), "--out", str(tmp_path / "s.npz"), *few])
+    classifier = fid.Classifier(10, 8)
+    torch.save(dict(kind="classifier", config=dict(classes=10, size=8), model=classifier.state_dict(), meta=dict(data="none")), tmp_path / "features.pt")
+    fid.main([str(mar_file), str(tmp_path / "s.npz"), *few, "--features", str(tmp_path / "features.pt"), "--force", "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["frechet_distance"] < 1e-8
 
 
 @torch.no_grad()
