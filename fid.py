@@ -1,10 +1,8 @@
 """How far pictures are from a reference: FID, inception score, KID, of samples and of reconstructions. Section 4, Tables 1 to 3.
 
-`frechet_distance`, `inception_score` and `kernel_distance` are the measures, `Statistics` gathers mean and covariance
-in constant memory, `open_pictures` reads a run, a folder, an npz file or a data set. Features come from `Inception`,
-whose distance is FID, or from a small classifier trained on the data set, whose distance is never called FID.
-
-Reads runs and pictures through sample.py and tokenizers.py, writes json. The last file; read tests/ next.
+`frechet_distance`, `inception_score` and `kernel_distance` are the measures, of features by `Inception`, whose distance is FID,
+or by a small classifier trained on the data set, whose distance is never called FID; `measure` streams a run, a folder, an npz
+file or a data set through either. Reads by sample.py and tokenizers.py, writes json. The last file; read tests/ next.
 Try: python fid.py runs/shapes-dcmix shapes; under torchrun the processes share the pictures
 
 B batch, n pictures, d features, K classes; all statistics are float64.
@@ -18,9 +16,10 @@ import time
 import zipfile
 from collections import OrderedDict
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from PIL import Image
 from scipy.special import log_softmax
 from torch import distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm import tqdm
 
 import sample
@@ -40,8 +39,8 @@ from tokenizers import world
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), the distance of two normal distributions.   [Heusel 2017]
 
-    mu (d,), sigma (d, d) -> float. S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so eigh
-    serves where others take sqrtm, for singular S too. ValueError on other shapes or non-finite values.
+    mu (d,), sigma (d, d), also singular -> float. S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
+    ValueError on other shapes or non-finite values.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
@@ -86,106 +85,90 @@ def kernel_distance(features1, features2, subsets=100, size=1000, seed=2020):
     return float(np.mean(found)), float(np.std(found))
 
 
-class Statistics:
-    """Mean and covariance of features that come batch by batch, in constant memory."""
+def moments(features):
+    """(n, d) -> n, mean (d,) and scatter (d, d), the sum of (x - mean)(x - mean)^T."""
+    x = np.asarray(features, np.float64)
+    centred = x - x.mean(0)
+    return len(x), x.mean(0), centred.T @ centred
 
-    def __init__(self, d):
-        self.n, self.mean, self.scatter = 0, np.zeros(d), np.zeros((d, d))
 
-    def add(self, features):
-        """Take in features (B, d); the scatter is a sum of (x - mean)(x - mean)^T."""
-        x = np.asarray(features, np.float64)
-        self.merge(len(x), x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)))
-
-    def merge(self, n, mean, scatter):
-        """Take in the statistics of n other pictures; the scatter of all is that of both parts and of their means.   [Chan 1979]"""
-        if n:
-            delta, total = mean - self.mean, self.n + n
-            self.scatter += scatter + np.outer(delta, delta) * self.n * n / total
-            self.mean, self.n = self.mean + delta * n / total, total
-
-    def covariance(self):
-        return self.scatter / (self.n - 1)
+def merge(a, b):
+    """The moments of two sets of features together, from those of each; one set may be empty.   [Chan 1979]"""
+    (n1, mean1, scatter1), (n2, mean2, scatter2) = a, b
+    n, delta = n1 + n2, mean2 - mean1
+    return n, mean1 + delta * n2 / max(n, 1), scatter1 + scatter2 + np.outer(delta, delta) * n1 * n2 / max(n, 1)
 
 
 # ------------------------------------------------------------------ features: Inception-v3 of 2015-12-05, those of FID
 
-FIVE = dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3", branch_pool="w 1x1")
-SIX = dict(branch1x1="192 1x1", branch7x7="w 1x1, w 1x7, 192 7x1", branch7x7dbl="w 1x1, w 7x1, w 1x7, w 7x1, 192 1x7", branch_pool="192 1x1")
+five = lambda w: dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3", branch_pool=f"{w} 1x1")
+six = lambda w: dict(branch1x1="192 1x1", branch7x7=f"{w} 1x1, {w} 1x7, 192 7x1",
+                     branch7x7dbl=f"{w} 1x1, {w} 7x1, {w} 1x7, {w} 7x1, 192 1x7", branch_pool="192 1x1")
 SEVEN = dict(branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3 3x1", branch3x3dbl="448 1x1, 384 3x3, 384 1x3 3x1", branch_pool="192 1x1")
 MEAN, MAX, HALF = partial(nn.AvgPool2d, 3, 1, 1, count_include_pad=False), partial(nn.MaxPool2d, 3, 1, 1), partial(nn.MaxPool2d, 3, 2)
-MIXED = {  # block: the pool before its last branch, w, and its branches in the order in which they are joined. A branch is its convolutions:
-    #        width and kernel, "/2" for stride 2 without padding; two kernels stand side by side on the same input
-    "Mixed_5b": (MEAN, 32, FIVE), "Mixed_5c": (MEAN, 64, FIVE), "Mixed_5d": (MEAN, 64, FIVE),
-    "Mixed_6a": (HALF, 0, dict(branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2", pool="")),
-    "Mixed_6b": (MEAN, 128, SIX), "Mixed_6c": (MEAN, 160, SIX), "Mixed_6d": (MEAN, 160, SIX), "Mixed_6e": (MEAN, 192, SIX),
-    "Mixed_7a": (HALF, 0, dict(branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2", pool="")),
-    "Mixed_7b": (MEAN, 0, SEVEN), "Mixed_7c": (MAX, 0, SEVEN)}
+MIXED = {  # block: channels of its input, the pool before its last branch, its branches in the order in which they are joined. A branch is its
+    #        convolutions: width and kernel, see `conv`; the last may be two side by side
+    "Mixed_5b": (192, MEAN, five(32)), "Mixed_5c": (256, MEAN, five(64)), "Mixed_5d": (288, MEAN, five(64)),
+    "Mixed_6a": (288, HALF, dict(branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2", pool="")),
+    "Mixed_6b": (768, MEAN, six(128)), "Mixed_6c": (768, MEAN, six(160)), "Mixed_6d": (768, MEAN, six(160)), "Mixed_6e": (768, MEAN, six(192)),
+    "Mixed_7a": (768, HALF, dict(branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2", pool="")),
+    "Mixed_7b": (1280, MEAN, SEVEN), "Mixed_7c": (2048, MAX, SEVEN)}
 
 
-def conv(c_in, c_out, kernel, stride=1, padding=0):
-    layers = dict(conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True))
-    return nn.Sequential(OrderedDict(layers))
+def conv(c_in, c_out, kernel):
+    """kernel "HxW": padded to keep the size of the picture; "HxW/S": with stride S, not padded."""
+    sides, _, stride = kernel.partition("/")
+    H, W = map(int, sides.split("x"))
+    layer = nn.Conv2d(c_in, c_out, (H, W), int(stride or 1), 0 if stride else (H // 2, W // 2), bias=False)
+    return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
     """Branches of the same input, joined along the channels; see the table MIXED."""
 
-    def __init__(self, c_in, pool, w, branches):
+    def __init__(self, c_in, pool, branches):
         super().__init__()
-        self.pool, self.branches, self.width = pool(), {}, 0
+        self.pool, self.branches = pool(), {}
         for branch, text in branches.items():
-            c, chain = c_in, []                                              # of one name, or two side by side, per step
-            steps = text.replace("w", str(w)).split(", ") if text else []
-            for number, step in enumerate(steps, 1):
-                width, *kernels = step.split()
-                name = f"{branch}_{number}" if steps[1:] else branch
-                chain.append([name + "a", name + "b"] if kernels[1:] else [name])
-                for name, kernel in zip(chain[-1], kernels):
-                    sides = tuple(map(int, kernel.removesuffix("/2").split("x")))
-                    stride, padding = (2, 0) if kernel.endswith("/2") else (1, tuple(side // 2 for side in sides))
-                    self.add_module(name, conv(c, int(width), sides, stride, padding))
-                c = int(width) * len(kernels)
-            self.branches[branch], self.width = chain, self.width + c
+            c, self.branches[branch] = c_in, []                              # of lists of layers that stand side by side
+            steps = [step.split() for step in text.split(",") if step]
+            for number, (width, *kernels) in enumerate(steps, 1):
+                layers = [conv(c, int(width), kernel) for kernel in kernels]
+                name = f"{branch}_{number}" if len(steps) > 1 else branch
+                for side, layer in zip("ab", layers):
+                    self.add_module(name + side if len(layers) > 1 else name, layer)
+                self.branches[branch].append(layers)
+                c = int(width)
 
     def forward(self, x):
         joined = []
         for branch, chain in self.branches.items():
             y = self.pool(x) if "pool" in branch else x
-            for names in chain:
-                y = torch.cat([self.get_submodule(name)(y) for name in names], dim=1)
+            for layers in chain:
+                y = torch.cat([layer(y) for layer in layers], dim=1)
             joined.append(y)
         return torch.cat(joined, dim=1)
 
 
 def resize_tf1(x, size=299):
     """float (B, 3, H, W) -> (B, 3, size, size), bilinear from the corner without half a pixel's offset, as TensorFlow 1 does.   [torch-fidelity]"""
-    for axis, line in ((3, (size,)), (2, (size, 1))):
-        n = x.shape[axis]
-        at = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32)
-        low = at.long()
-        a, b = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=n - 1))
-        x = a + (b - a) * (at - low).view(line)
-    return x
+    wider = pad(x, (0, 1, 0, 1), mode="replicate")                           # H / size, W / size a step, from its first corner to its last
+    return interpolate(wider, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
 
 
 class Inception(nn.Sequential):
     """The network of TensorFlow's 2015 graph under the names of its released PyTorch file.   [torch-fidelity] [pytorch-fid]
 
-    resize "torch-fidelity" or "pytorch-fid": the one difference between the two programs' features.
+    resize "torch-fidelity" or "pytorch-fid": the one difference between the two programs' features. size: pictures are cropped to it before.
     """
 
-    samples, score = 50000, "inception_score"                                # of a run, and the name of its score
+    samples, score, width = 50000, "inception_score", 2048                   # of a run, the name of its score, and d
 
-    def __init__(self, resize="torch-fidelity"):
-        layers = OrderedDict(Conv2d_1a_3x3=conv(3, 32, 3, 2), Conv2d_2a_3x3=conv(32, 32, 3), Conv2d_2b_3x3=conv(32, 64, 3, padding=1), pool1=HALF(),
-                             Conv2d_3b_1x1=conv(64, 80, 1), Conv2d_4a_3x3=conv(80, 192, 3), pool2=HALF())
-        width = 192
-        for name, row in MIXED.items():
-            layers[name] = Mixed(width, *row)
-            width = layers[name].width
-        super().__init__(layers | dict(fc=nn.Linear(width, 1008)))
-        self.resize, self.width = resize, width
+    def __init__(self, resize="torch-fidelity", size=None):
+        stem = OrderedDict(Conv2d_1a_3x3=conv(3, 32, "3x3/2"), Conv2d_2a_3x3=conv(32, 32, "3x3/1"), Conv2d_2b_3x3=conv(32, 64, "3x3"), pool1=HALF(),
+                           Conv2d_3b_1x1=conv(64, 80, "1x1"), Conv2d_4a_3x3=conv(80, 192, "3x3/1"), pool2=HALF())
+        super().__init__(stem | {name: Mixed(*row) for name, row in MIXED.items()} | dict(fc=nn.Linear(2048, 1008)))
+        self.resize, self.size = resize, size
 
     def forward(self, images):
         """uint8 (B, 3, H, W) -> features (B, 2048), logits without their bias (B, 1008)."""
@@ -216,8 +199,6 @@ def released_weights():
     return path
 
 
-# ------------------------------------------------------------------ features: a small classifier of the data set
-
 class Classifier(nn.Module):
     """A small convolutional network; its features are channel means at two depths: texture and colour, then shape.   [ours]"""
 
@@ -240,11 +221,11 @@ class Classifier(nn.Module):
 def train_classifier(path, data, size, device, steps=700, B=128):
     """Train the classifier on nine tenths of the train split, the same way every time; save it with its accuracy on the last tenth."""
     source = tokenizers.open_source(data, "train", size, None if data == "shapes" else 60000)
-    read = [(source.read(i), source.labels[i]) for i in tqdm(range(len(source.labels)), desc="pictures", unit="img", disable=None)]
-    good = [pair for pair in read if not isinstance(pair[0], str)]
+    pictures = [source.read(i) for i in tqdm(range(len(source.labels)), desc="pictures", unit="img", disable=None)]
+    good = [i for i, picture in enumerate(pictures) if not isinstance(picture, str)]
     if len(good) < 10:
         raise SystemExit(f"{data}: {len(good)} readable pictures are too few to train a classifier; choose other --features")
-    x, y = (torch.tensor(np.stack(a)) for a in zip(*good))
+    x, y = torch.tensor(np.stack([pictures[i] for i in good])), torch.tensor(source.labels[good])
     torch.manual_seed(0)
     random, model = np.random.RandomState(0), Classifier(len(source.classes), size).to(device)
     kept, held_out = np.split(random.permutation(len(y)), [len(y) - len(y) // 10])
@@ -260,7 +241,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
         schedule.step()
     with torch.no_grad():
         guess = torch.cat([model.eval()(part.to(device))[1].argmax(1).cpu() for part in x[held_out].split(500)])
-    meta = dict(data=data, pictures=len(kept), skipped=len(read) - len(good), steps=steps, held_out_accuracy=(guess == y[held_out]).double().mean().item())
+    meta = dict(data=data, pictures=len(kept), skipped=len(pictures) - len(good), steps=steps, held_out_accuracy=(guess == y[held_out]).double().mean().item())
     saved = dict(kind="classifier", config=dict(classes=len(source.classes), size=size), model=model.state_dict(), meta=meta)
     tokenizers.write_whole(path, lambda file: torch.save(saved, file))
 
@@ -273,9 +254,9 @@ def load_extractor(path, args, size):
         model, weights, about = Classifier(**saved["config"]), saved["model"], saved["meta"]
         model.name = f"small classifier {digits[:16]} of {about['data']}"
     else:
-        model, about = Inception(args.resize), {}
+        model, about = Inception(args.resize, size), {}
         model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
-        model.size, counters = size, {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+        counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
         weights = counters | saved                                           # the released file has no counters
     sample.load_weights(model, weights, path)
     if not model.size:
@@ -289,11 +270,11 @@ def find_extractor(args, run):
     """The features of --features; the classifier is that of the data set behind a run, B or A: RUNS/DATA/classifier.pt, trained if missing."""
     if args.features != "classifier":
         return load_extractor(released_weights() if args.features == "inception" else args.features, args, args.size or run and run.size)
-    data = run.meta["data"] if run else next((what for what in (args.reference, args.pictures) if what and kind_of(what) == "data"), None)
+    data = run and run.meta["data"] or next((what for what in (args.reference, args.pictures) if what and kind_of(what) == "data"), None)
     if not data:
         raise SystemExit(f"nothing tells the data set behind {args.pictures}, whose classifier gives the features; choose --features")
     data = data if data == "shapes" else str(Path(data).resolve())
-    path = (run.shared.parent if run else Path("runs")) / Path(data).name / "classifier.pt"
+    path = (run.shared if run and run.meta["data"] else Path("runs") / Path(data).name) / "classifier.pt"
     if not path.is_file():
         train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
     model = load_extractor(path, args, None)
@@ -307,49 +288,14 @@ def find_extractor(args, run):
 def kind_of(what):
     """"run", "npz", "data" or "folder". SystemExit if there is no such thing."""
     path = Path(what)
-    if path.suffix in (".pt", ".pth") or (path / "last.pt").is_file():
-        return "run"
-    if path.suffix == ".npz" and path.is_file():
-        return "npz"
+    if path.is_file() or (path / "last.pt").is_file():
+        return "npz" if path.suffix == ".npz" else "run"
     if what != "shapes" and not path.is_dir():
         raise SystemExit(f"{what}: no such run, folder, npz file or data set (shapes is one)")
     if what == "shapes" or (path / "train").is_dir() or list(path.glob("*-idx*ubyte*")):
         return "data"
     inside = [p for p in path.iterdir() if p.is_dir() or p.suffix.lower() in tokenizers.EXTENSIONS]
     return "data" if len(inside) > 1 and all(p.is_dir() for p in inside) else "folder"
-
-
-load_run = lru_cache(2)(sample.System)
-
-
-def open_run(what, args):
-    return load_run(what, args.device, args.weights, vae=args.vae, vq=args.vq, prior=args.prior)
-
-
-def draw_run(system, numbers, settings, args):
-    """Samples of a run: number i has class i mod K and is the picture sample.py draws under the same seed; with --truth, class and X_d of held-out picture i."""
-    held_out = held_out_pictures(system.meta["data"], system.size, len(numbers) and numbers[-1] + 1) if args.truth else None
-    for start in range(0, len(numbers), args.batch_size):
-        indices, x_d = numbers[start:start + args.batch_size], None
-        labels = [i % len(system.meta["classes"]) for i in indices]
-        if held_out:
-            pictures = [held_out.read(i) for i in indices]
-            yield from (p for p in pictures if isinstance(p, str))           # named and skipped
-            indices = [i for i, p in zip(indices, pictures) if not isinstance(p, str)]
-            labels, x_d = held_out.labels[indices], system.encode_discrete(np.stack([p for p in pictures if not isinstance(p, str)]))
-        y = torch.tensor(labels, device=system.device)
-        yield from system.draw(args.seed, indices, y, settings, args.decode, args.amp, x_d)[0].cpu().numpy()
-
-
-def held_out_pictures(data, size, count):
-    """SystemExit if fewer than `count` are held out."""
-    try:
-        source = tokenizers.open_source(data, "test", size, None)
-    except LookupError as error:
-        raise SystemExit(f"--truth needs X_d of held-out pictures: {data} has {error}") from None
-    if len(source.labels) < count:
-        raise SystemExit(f"--count {count} with --truth: {data} holds out {len(source.labels)} pictures")
-    return source
 
 
 def read_npz(what):
@@ -366,87 +312,94 @@ def read_npz(what):
         raise SystemExit(f"{what}: expected an npz file with arr_0, or with mu and sigma; {error}") from None
 
 
-class Flat(tokenizers.Folder):
-    """All pictures in a folder, without classes."""
-
-    def __init__(self, root, size):
-        self.size, self.files = size, sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in tokenizers.EXTENSIONS)
-
-
-def open_pictures(what, count, size, args):
-    """-> the pictures of this process, one by one, uint8 (3, H, W) or the reason why one cannot be read, and a note on all for the report.
-
-    Process r of R has number r, r + R, ... of at most `count` (None: all). Files are cropped to `size`; data sets give
-    their held-out split if they have one.
-    """
-    kind, (rank, ranks) = kind_of(what), world()
-    note = dict(source=what, kind=kind)
-    if kind == "run":
-        system = open_run(what, args)
-        settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
-        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", "vae", "vq", "prior")} | dict(step=system.step, settings=settings)
-        return draw_run(system, range(count)[rank::ranks], settings, args), note
-    if kind == "npz":
-        return islice(read_npz(what), rank, count, ranks), note
-    if kind == "folder":
-        source = Flat(what, size)
-        return map(source.read, range(len(source.files))[rank:count:ranks]), note
+def open_data(data, size, count):
+    """The held-out pictures of a data set, or those of its train split if it has none, and which."""
     try:
-        source, note["split"] = tokenizers.open_source(what, "test", size, count), "held out"
+        return tokenizers.open_source(data, "test", size, count), "held out"
     except LookupError:
-        source, note["split"] = tokenizers.open_source(what, "train", size, count), "train, nothing is held out"
-    return map(source.read, range(len(source.labels))[rank::ranks]), note
+        return tokenizers.open_source(data, "train", size, count), "train, nothing is held out"
 
 
-def fit(picture, size):
-    """uint8 (3, H, W) -> uint8 (3, size, size), cropped as data sets are."""
-    if picture.shape[1:] == (size, size):
-        return picture
-    return np.asarray(tokenizers.center_crop(Image.fromarray(picture.transpose(1, 2, 0)), size)).transpose(2, 0, 1)
+def open_pictures(what, count, size, args, run=None):
+    """-> numbered pictures, what to do with a batch of them, and a note for the report. run: the System of `what` if it is a run.
+
+    The pictures are uint8 (3, H, W), of files cropped to `size`, or the reason why one cannot be read; process r of R has r, r + R, ...
+    of at most `count` (None: all). A step takes numbers and pictures and gives pictures; a run has one, which draws.
+    """
+    (rank, ranks), note, steps = world(), dict(source=what, kind=kind_of(what)), []
+    if note["kind"] == "npz":
+        return islice(enumerate(read_npz(what)), rank, count, ranks), steps, note
+    if run:
+        source = SimpleNamespace(read=lambda i: None, labels=np.arange(count) % len(run.meta["classes"]))
+        if args.truth:
+            source, note["split"] = open_data(run.meta["data"], run.size, None)
+            held_out = len(source.labels) if note["split"] == "held out" else 0
+            if count > held_out:
+                raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
+        steps.append(partial(draw, run, source.labels, args))
+        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", *sample.PARTS)}
+        note |= dict(step=run.step, settings=run.settings)
+    elif note["kind"] == "data":
+        source, note["split"] = open_data(what, size, count)
+    else:
+        files = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in tokenizers.EXTENSIONS)
+        source = SimpleNamespace(read=partial(tokenizers.Folder.read, SimpleNamespace(files=files, size=size)), labels=files)
+    return ((i, source.read(i)) for i in range(len(source.labels))[rank:count:ranks]), steps, note
 
 
-def reconstruct(system, tokenizer, pictures):
-    """A list of uint8 (3, H, W) -> the same encoded and decoded by a run's "vae" (posterior mean) or "vq"."""
-    x = np.stack([fit(p, system.size) for p in pictures])
+def draw(run, labels, args, numbers, pictures):
+    """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
+    y = torch.tensor(labels[numbers], device=run.device)
+    x_d = run.encode_discrete(fit(pictures, run.size)) if args.truth else None
+    return run.draw(args.seed, numbers, y, run.settings, args.decode, args.amp, x_d)[0].cpu().numpy()
+
+
+def reconstruct(run, tokenizer, numbers, pictures):
+    """The pictures encoded and decoded by a run's "vae" (posterior mean) or "vq"."""
+    x = fit(pictures, run.size)
     if tokenizer == "vq":
-        return system.decode_discrete(system.encode_discrete(x)).cpu().numpy()
-    x = torch.tensor(x).to(system.device).float() / 127.5 - 1
-    return sample.to_bytes(system.vae.decode(system.vae.encode(x)[0])).cpu().numpy()
+        return run.decode_discrete(run.encode_discrete(x)).cpu().numpy()
+    return sample.to_bytes(run.vae.decode(run.vae.encode(x.to(run.device).float() / 127.5 - 1)[0])).cpu().numpy()
 
 
-# ------------------------------------------------------------------ pictures -> statistics -> report
+def fit(pictures, size):
+    """uint8 (3, H, W) each -> uint8 (B, 3, size, size), cropped as data sets are."""
+    crop = lambda p: np.asarray(tokenizers.center_crop(Image.fromarray(p.transpose(1, 2, 0)), size)).transpose(2, 0, 1)
+    return torch.tensor(np.stack([p if p.shape[1:] == (size, size) else crop(p) for p in pictures]))
+
 
 @torch.no_grad()
-def measure(pictures, note, extractor, args, through=lambda batch: batch):
-    """Stream pictures (see open_pictures) through the extractor -> dict(mu, sigma, n, note, features if --kid), None but in process 0."""
-    (rank, ranks), start = world(), time.time()
-    statistics, rows, skipped = Statistics(extractor.width), [], []
-    numbered = enumerate(tqdm(pictures, desc=note["source"], unit="img", leave=False, disable=rank > 0 or None))
-    while some := list(islice(numbered, args.batch_size)):
+def measure(pictures, steps, note, extractor, args):
+    """Stream what open_pictures gave through the extractor -> dict(mu, sigma, n, features if --kid, note), None but in process 0."""
+    (rank, ranks), start, d = world(), time.time(), extractor.width
+    total, rows, skipped = (0, np.zeros(d), np.zeros((d, d))), [], []
+    pictures = iter(tqdm(pictures, desc=note["source"], unit="img", leave=False, disable=rank > 0 or None))
+    while some := list(islice(pictures, args.batch_size)):
         skipped += [p for _, p in some if isinstance(p, str)]
         if good := [(i, p) for i, p in some if not isinstance(p, str)]:
-            fitted = np.stack([fit(p, extractor.size) for p in through([p for _, p in good])])
-            features, logits = (a.cpu().numpy() for a in extractor(torch.tensor(fitted).to(args.device)))
-            statistics.add(features)
-            rows += zip([i for i, _ in good], logits, features if args.kid else [None] * len(good))
+            numbers, batch = map(list, zip(*good))
+            for step in steps:
+                batch = step(numbers, batch)
+            features, logits = (a.cpu().numpy() for a in extractor(fit(batch, extractor.size).to(args.device)))
+            total = merge(total, moments(features))
+            rows += zip(numbers, logits, features if args.kid else features[:, :0])
     if ranks > 1:
         parts = [None] * ranks
-        dist.all_gather_object(parts, (statistics, rows, skipped))
-        for other, more, too in parts[1:] if rank == 0 else []:
-            statistics.merge(other.n, other.mean, other.scatter)
-            rows, skipped = rows + more, skipped + too
+        dist.all_gather_object(parts, (total, rows, skipped))
+        totals, rows, skipped = zip(*parts)
+        total, rows, skipped = reduce(merge, totals), sum(rows, []), sum(skipped, [])
     if rank > 0:
         return None
     if skipped:
         print(f"{note['source']}: skipped {len(skipped)} unreadable pictures:", *skipped, sep="\n  ")
-    if statistics.n <= (1 if args.force else extractor.width):
-        raise SystemExit(f"{note['source']}: {statistics.n} pictures are too few for a covariance of {extractor.width} features; "
-                         f"take more than {extractor.width}, or --force it")
-    _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))        # stable: process 0's picture i, process 1's, ...
-    note |= dict(count=statistics.n, skipped=skipped, seconds=round(time.time() - start, 2))
-    if statistics.n >= 10:
+    n, mean, scatter = total
+    if n <= (1 if args.force else d):
+        raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} features; take more than {d}, or --force it")
+    _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))
+    note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
+    if n >= 10:
         note[extractor.score] = dict(zip(("mean", "deviation"), inception_score(logits)), splits=10, shuffle=2020)
-    return dict(mu=statistics.mean, sigma=statistics.covariance(), n=statistics.n, note=note) | (dict(features=features) if args.kid else {})
+    return dict(mu=mean, sigma=scatter / (n - 1), n=n, features=features, note=note)
 
 
 def load_statistics(what):
@@ -478,8 +431,8 @@ def parse(argv=None):
     p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers")
     p.add_argument("--truth", action="store_true", help="samples of the run A from X_d of its data's held-out pictures instead of the prior's")
     p.add_argument("--kid", action="store_true", help="also the kernel distance; keeps all features in memory")
-    p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, trained if missing; "
-                   "or a file of either (default: %(default)s)")
+    p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, "
+                   "trained if missing; or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="how Inception's input is resized (default: %(default)s)")
     p.add_argument("--size", type=int, help="side to which pictures are cropped before Inception (default: the run's)")
     p.add_argument("--count", type=int, help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
@@ -492,12 +445,14 @@ def parse(argv=None):
 
 def evaluate(args):
     """Measure everything, in all processes -> the report, in process 0."""
-    run = next((open_run(what, args) for what in (args.pictures, args.reference) if what and kind_of(what) == "run"), None)
-    if args.rfd and kind_of(args.pictures) != "run":
-        raise SystemExit(f"--rfd reconstructs by the tokenizers of a run, and {args.pictures} is none")
-    args.reference = args.reference or run and run.meta["data"]
-    sides = [what for what in (args.pictures, args.reference) if what]
-    saved = {what: found for what in sides if kind_of(what) == "npz" and (found := load_statistics(what))}
+    runs = {what: sample.open_run(what, args) for what in (args.pictures, args.reference) if what and kind_of(what) == "run"}
+    run = next(iter(runs.values()), None)
+    A, B = args.pictures, args.reference or run and run.meta["data"]
+    saved = {what: found for what in (A, B) if what and (found := load_statistics(what))}
+    if args.truth and not (run and run.meta["data"]):
+        raise SystemExit(f"--truth takes X_d from the data set of a run, and {A} names none")
+    if args.rfd and A not in runs:
+        raise SystemExit(f"--rfd reconstructs by the tokenizers of a run, and {A} is none")
     if saved and (args.kid or args.rfd):
         raise SystemExit(f"--kid and --rfd need single pictures, and {next(iter(saved))} holds statistics")
     if world()[0] > 0:                                                       # process 0 fetches or trains, the others then read
@@ -505,18 +460,20 @@ def evaluate(args):
     extractor = find_extractor(args, run)
     if world()[0] == 0:
         tokenizers.barrier()
-    for what in saved:
-        if saved[what]["note"]["extractor"] not in (extractor.name, "not recorded"):
-            raise SystemExit(f"{what} holds features of {saved[what]['note']['extractor']}, not of {extractor.name}")
+    for what, found in saved.items():
+        if found["note"]["extractor"] not in (extractor.name, "not recorded"):
+            raise SystemExit(f"{what} holds features of {found['note']['extractor']}, not of {extractor.name}")
 
-    everything = lambda what: extractor.samples if kind_of(what) == "run" else None
-    one = lambda what, count: saved.get(what) or measure(*open_pictures(what, count, extractor.size, args), extractor, args)
-    reference = args.reference and one(args.reference, everything(args.reference))
-    measured = [one(args.pictures, args.count or everything(args.pictures))]
-    for tokenizer in ("vae", "vq") if args.rfd else ():
-        pictures, note = open_pictures(args.reference, everything(args.reference), run.size, args)
-        note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
-        measured.append(measure(pictures, note, extractor, args, partial(reconstruct, run, tokenizer)))
+    def look(what, count=None, tokenizer=None):
+        count = count or (extractor.samples if what in runs else None)
+        pictures, steps, note = open_pictures(what, count, run.size if tokenizer else extractor.size, args, runs.get(what))
+        if tokenizer:
+            steps.append(partial(reconstruct, run, tokenizer))
+            note["source"] += f" reconstructed by the {tokenizer} of {A}"
+        return saved.get(what) or measure(pictures, steps, note, extractor, args)
+
+    reference = B and look(B)
+    measured = [look(A, args.count)] + [look(B, tokenizer=kind) for kind in ("vae", "vq") if args.rfd and getattr(run, kind)]
     if world()[0] > 0:
         return None
     if args.save_stats:
@@ -536,14 +493,11 @@ def main(argv=None):
     if report := evaluate(args):
         for r in report["results"]:
             found = [f"{report['metric']} to {r['to']}: {r['frechet_distance']:.4g}"] if "to" in r else []
-            found += [f"{key.replace('_', ' ')} {r[key]['mean']:.4g} +- {r[key]['deviation']:.2g}"
-                      for key in ("kernel_distance", "inception_score", "classifier_score") if key in r]
+            found += [f"{key.replace('_', ' ')} {r[key]['mean']:.4g} +- {r[key]['deviation']:.2g}" for key in r if key.endswith(("kernel_distance", "_score"))]
             print(f"{r['source']} ({r['count']}): {'; '.join(found)}")
         report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
         text = json.dumps(report, indent=1)
         tokenizers.write_whole(args.json, lambda file: file.write(text.encode())) if args.json else print(text)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

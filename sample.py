@@ -32,6 +32,7 @@ import tokenizers
 
 # ------------------------------------------------------------------ checkpoints: ours, and the official files
 
+PARTS = ("vae", "vq", "prior")
 KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
 
 
@@ -237,7 +238,7 @@ class System:
         self.model = loaded if model is None else model
         self.meta, self.device, self.step = checkpoint["meta"], torch.device(device), checkpoint["step"]
         self.shared = path.parent / self.meta["shared"]
-        for kind in ("vae", "vq", "prior"):
+        for kind in PARTS:
             file, expected = self.meta["files"].get(kind, (None, None))
             source = given.get(kind) or file and path.parent / file
             part = source and load_model(source, kind)[0].to(self.device)
@@ -305,6 +306,13 @@ class System:
             if decode == "discrete":
                 return self.decode_discrete(x_d), seconds
             return self.decode_continuous(self.draw_continuous(seed, indices, y, x_d, settings)), seconds
+
+
+def open_run(run, args):
+    """The System of `run` with the parts and the `settings` of its samples that add_options gave, by default its own."""
+    system = System(run, args.device, args.weights, **{kind: getattr(args, kind) for kind in PARTS})
+    system.settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
+    return system
 
 
 def tile(images, columns):
@@ -395,7 +403,7 @@ def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=80, help="images at once in each process (default: %(default)s)")
-    for kind, text in (("vae", "KL-16 for an official MAR"), ("vq", "bit tokenizer, for --decode discrete"), ("prior", "another prior, ours or MaskBit's")):
+    for kind, text in zip(PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
         p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
@@ -424,10 +432,9 @@ def main(argv=None):
     args = parse(argv)
     keep_memory()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
-    given = dict(vae=args.vae, vq=args.vq, prior=args.prior)
-    system = System(args.run, device, args.weights, **given)
-    settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    system = open_run(args.run, args)
+    settings, given = system.settings, {kind: getattr(args, kind) for kind in PARTS}
     chosen = wanted_classes(args.classes, system.meta["classes"])
     labels = [chosen[i % len(chosen)] for i in range(args.count)]
     run_folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
@@ -446,7 +453,7 @@ def main(argv=None):
     drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
     if drawn and rank == 0:
         print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "
-              f"{device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
+              f"{args.device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
     if rank == 0 and folder != out:
         while len(list(folder.glob("*.png"))) < args.count:                  # the other processes are still drawing
             time.sleep(0.2)

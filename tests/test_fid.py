@@ -3,6 +3,7 @@
 `golden_data/fid.npz` holds what torch-fidelity and pytorch-fid compute for the features and logits stored with it,
 `golden_data/inception.npz` what their Inception does under the weights of golden.py.
 """
+import functools
 import gzip
 import hashlib
 import json
@@ -11,7 +12,6 @@ import socket
 import subprocess
 import sys
 import urllib.error
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,42 +75,41 @@ def test_frechet_distance_refuses_what_does_not_fit():
 
 # ------------------------------------------------------------------ statistics
 
+def merged(batches):
+    """Mean and covariance of batches that come one after the other."""
+    n, mean, scatter = functools.reduce(fid.merge, map(fid.moments, batches))
+    return n, mean, scatter / (n - 1)
+
+
 @pytest.mark.parametrize("cuts", [[], [1], [3, 4, 250], list(range(7, 500, 7))], ids=["one", "two", "uneven", "many"])
 def test_statistics_do_not_depend_on_the_batches(cuts):
     """Mean and covariance (n - 1) of NumPy, however the rows arrive and in whatever order the batches come."""
     x = np.float64(GOLDEN["feat1"]) * np.arange(1, 33) + 1000
+    before = x.copy()
     for batches in (np.split(x, cuts), np.split(x, cuts)[::-1]):
-        statistics = fid.Statistics(32)
-        for batch in batches:
-            before = batch.copy()
-            statistics.add(batch)
-            assert (batch == before).all()
-        assert statistics.n == 500
-        np.testing.assert_allclose(statistics.mean, x.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
+        n, mean, covariance = merged(batches)
+        assert n == 500 and (x == before).all()
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
 
 
 def test_statistics_survive_a_large_mean():
     """sum(x^2) - n mean^2 loses all digits here: the sums must be centred, and in float64."""
     x = np.random.RandomState(0).randn(1000, 3) + [1e8, -1e8, 0]
-    statistics = fid.Statistics(3)
-    for batch in np.split(x, 10):
-        statistics.add(batch)
-    np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), atol=1e-6)
+    np.testing.assert_allclose(merged(np.split(x, 10))[2], np.cov(x, rowvar=False), atol=1e-6)
+    x = np.float32(np.random.RandomState(0).randn(1000, 3) + 1000)
+    np.testing.assert_allclose(merged(np.split(x, 10))[2], np.cov(np.float64(x), rowvar=False), rtol=1e-9)
 
 
 def test_statistics_of_parts_merge_to_those_of_the_whole():
-    """Parts of unequal sizes and means, one of them empty, on either side."""
-    x = np.float64(GOLDEN["feat1"]) + np.arange(500)[:, None]
-    whole = fid.Statistics(32)
-    for part in np.split(x, [0, 30, 31]):
-        other = fid.Statistics(32)
-        if len(part):
-            other.add(part)
-        whole.merge(other.n, other.mean, other.scatter)
-    assert whole.n == 500
-    np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(whole.covariance(), np.cov(x, rowvar=False), rtol=1e-9)
+    """Parts of unequal sizes and means, empty ones on either side; merging leaves the parts as they are."""
+    x, nothing = np.float64(GOLDEN["feat1"]) + np.arange(500)[:, None], (0, np.zeros(32), np.zeros((32, 32)))
+    parts = [nothing, nothing, fid.moments(x[:30]), fid.moments(x[30:31]), fid.moments(x[31:]), nothing]
+    before = [a.copy() for part in parts for a in part[1:]]
+    n, mean, scatter = functools.reduce(fid.merge, parts)
+    assert n == 500 and all((a == b).all() for a, b in zip(before, (a for part in parts for a in part[1:]), strict=True))
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(scatter / 499, np.cov(x, rowvar=False), rtol=1e-9)
 
 
 # ------------------------------------------------------------------ the kernel distance
@@ -417,11 +416,12 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     reconstructed = measured(RUN, "--rfd", "--count", "200")["results"][2]
     alone = measured(RUN, "--truth", "--decode", "discrete", "--count", "200")["results"][0]
     assert alone["frechet_distance"] == pytest.approx(reconstructed["frechet_distance"], rel=1e-6) and alone["truth"]
-    pictures, _ = fid.open_pictures(str(world / RUN), 200, SIZE, fid.parse([RUN, "--truth", "--amp", "fp32"]))
+    args = fid.parse([str(world / RUN), "--truth", "--amp", "fp32"])
+    pictures, (draw,), _ = fid.open_pictures(args.pictures, 200, SIZE, args, sample.open_run(args.pictures, args))
     system, source = sample.System(world / RUN), tokenizers.open_source(str(world / "colours"), "test", SIZE, None)
     x_d = system.encode_discrete(np.stack([source.read(i) for i in range(200)]))
     expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], amp="fp32", x_d=x_d)[0]
-    assert np.array_equal(np.stack(list(pictures)), expected.numpy())
+    assert np.array_equal(draw(*map(list, zip(*pictures))), expected.numpy())
     with pytest.raises(SystemExit, match="--count 201 with --truth: .*colours holds out 200 pictures"):
         measured(RUN, "--truth", "--count", "201")
 
@@ -503,13 +503,16 @@ def test_inception_takes_cropped_pictures(inception, released, measured, tmp_pat
 
 def test_processes_share_all_pictures_between_them(world, monkeypatch):
     """Every kind of source: process r of 3 gives pictures r, r + 3, ... of the 20 wanted, and none is drawn or missed twice."""
-    args = fid.parse([str(world / RUN), "--batch-size", "4", "--amp", "fp32"])
+    args = fid.parse([str(world / RUN), "--amp", "fp32"])
+    run = sample.open_run(args.pictures, args)
     for what in (world / RUN, world / "samples.npz", world / "flat", world / "colours", world / "unsplit", world / "idx", "shapes"):
         def share(rank, ranks):
             monkeypatch.setattr(fid, "world", lambda: (rank, ranks))
-            return list(fid.open_pictures(str(what), 20, SIZE, args)[0])
+            pictures, draw, _ = fid.open_pictures(str(what), 20, SIZE, args, run if what == world / RUN else None)
+            numbers, pictures = map(list, zip(*pictures))
+            assert numbers == list(range(rank, 20, ranks))
+            return draw[0](numbers, pictures) if draw else pictures
         whole, parts = share(0, 1), [share(r, 3) for r in range(3)]
-        assert [len(part) for part in parts] == [7, 7, 6] and len(whole) == 20
         for i, picture in enumerate(whole):
             assert abs(np.int16(picture) - parts[i % 3][i // 3]).max() <= (1 if "runs" in str(what) else 0), (what, i)
 
@@ -546,8 +549,8 @@ def test_reconstruction_feeds_each_tokenizer_its_own_range():
     system = sample.System.__new__(sample.System)
     vars(system).update(vae=same, vq=signs, size=SIZE, device=torch.device("cpu"))
     pictures = list(blobs(5).transpose(0, 3, 1, 2))
-    assert (fid.reconstruct(system, "vae", pictures) == np.stack(pictures)).all()
-    assert (fid.reconstruct(system, "vq", pictures) == np.where(np.stack(pictures) / 255 > 0.25, 255, 0)).all()
+    assert (fid.reconstruct(system, "vae", None, pictures) == np.stack(pictures)).all()
+    assert (fid.reconstruct(system, "vq", None, pictures) == np.where(np.stack(pictures) / 255 > 0.25, 255, 0)).all()
 
 
 def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path):
@@ -557,7 +560,7 @@ def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path
     report = measured(str(tmp_path / "large.npz"), str(tmp_path / "large"))
     assert report["results"][0]["frechet_distance"] < 1e-8
     expected = np.asarray(tokenizers.center_crop(Image.fromarray(large[0, :16]), SIZE)).transpose(2, 0, 1)
-    assert (fid.fit(large[0, :16].transpose(2, 0, 1), SIZE) == expected).all()
+    assert (fid.fit([large[0, :16].transpose(2, 0, 1), expected], SIZE).numpy() == expected).all()
 
 
 # ------------------------------------------------------------------ the report
@@ -586,7 +589,7 @@ def test_unreadable_pictures_are_counted_named_and_left_out(measured, tmp_path, 
 
 def test_the_classifier_is_trained_once_beside_the_shared_models(world, measured, monkeypatch):
     """It learns three colours in 30 steps, twice alike, lies in RUNS/DATA/ and is used from there; another data set of that name is refused."""
-    monkeypatch.setattr(fid, "train_classifier", partial(fid.train_classifier, steps=30, B=30))
+    monkeypatch.setattr(fid, "train_classifier", functools.partial(fid.train_classifier, steps=30, B=30))
     path = world / "runs" / "colours" / "classifier.pt"
     first = measured(RUN, "flat", "--count", "150", features=False)["extractor"]
     assert first["held_out_accuracy"] == 1 and first["pictures"] == 54 and first["file"].endswith("colours/classifier.pt")
