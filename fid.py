@@ -383,16 +383,15 @@ def measure(pictures, steps, note, extractor, args):
             features, logits = (a.cpu().numpy() for a in extractor(fit(batch, extractor.size).to(args.device)))
             total = merge(total, moments(features))
             rows += zip(numbers, logits, features if args.kid else features[:, :0])
+    parts = [(total, rows, skipped)] * ranks
     if ranks > 1:
-        parts = [None] * ranks
-        dist.all_gather_object(parts, (total, rows, skipped))
-        totals, rows, skipped = zip(*parts)
-        total, rows, skipped = reduce(merge, totals), sum(rows, []), sum(skipped, [])
+        dist.all_gather_object(parts, parts[0])
     if rank > 0:
         return None
+    totals, rows, skipped = zip(*parts)
+    (n, mean, scatter), rows, skipped = reduce(merge, totals), sum(rows, []), sum(skipped, [])
     if skipped:
         print(f"{note['source']}: skipped {len(skipped)} unreadable pictures:", *skipped, sep="\n  ")
-    n, mean, scatter = total
     if n <= (1 if args.force else d):
         raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} features; take more than {d}, or --force it")
     _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))

@@ -544,7 +544,7 @@ def free_port():
 
 def test_reconstruction_feeds_each_tokenizer_its_own_range():
     """The VAE works in [-1, 1] on posterior means, the bit tokenizer in [0, 1] on signs: ideal ones return the picture, and its bits."""
-    same = SimpleNamespace(encode=lambda x: (x, None), decode=lambda z: z)
+    same = SimpleNamespace(encode=lambda x: (x, torch.zeros_like(x)), decode=lambda z: z)
     signs = SimpleNamespace(encode=lambda x: x - 0.25, decode=lambda bits: (bits + 1) / 2)
     system = sample.System.__new__(sample.System)
     vars(system).update(vae=same, vq=signs, size=SIZE, device=torch.device("cpu"))
@@ -631,6 +631,7 @@ def bad(world, folder):
             "checkpoint of another kind": ([str(world / "runs/colours/vae/last.pt"), "flat"], "expected a mixar checkpoint, found vae"),
             "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
             "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "wide.npz holds statistics"),
+            "no run for --truth": (["flat", "flat", "--truth"], "--truth takes X_d from the data set of a run, and .*flat names none"),
             "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs by the tokenizers of a run")}
 
 
