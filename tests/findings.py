@@ -101,13 +101,13 @@ def collect():
 
 
 def draw(data, seed, columns=20):
-    """One row of pictures a method, all from the same X_d, noise and classes -> assets/findings-DATA.png: X_d alone, then METHODS, then TI-Mix."""
+    """One row of pictures a method, all from the same X_d, noise and classes -> assets/findings-DATA.png: X_d alone, then METHODS."""
     rows, y = [], torch.arange(columns) // 2 % 10
-    for key in ("discrete", *METHODS, "ti"):
-        args = fid.parse(next(command for name, command in plan(data, seed) if name == key)[1:])
+    for key in ("discrete", *METHODS):
+        args = fid.parse(next(command for name, command in plan(data, seed) if name == key.replace("discrete", "dcmix"))[1:])
         system = sample.System(ROOT / args.pictures)
         settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
-        rows.append(system.draw(seed, range(columns), y, settings, args.decode)[0])
+        rows.append(system.draw(seed, range(columns), y, settings, "discrete" if key == "discrete" else "continuous")[0])
     sample.save_grid(torch.cat(rows), ROOT / "assets" / f"findings-{data}.png", columns)
 
 
@@ -125,7 +125,7 @@ def found(entries, data, key, place=0, value="FD"):
 
 
 def cell(numbers, digits=2):
-    """Mean and, of several seeds, the standard deviation."""
+    """Mean and, of several seeds, the standard deviation; a value alone is of one seed."""
     if not numbers:
         return ""
     spread = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
@@ -146,10 +146,10 @@ def tables(entries):
                             [[label, *both(key, place), parameters] for label, key, place, parameters in TABLE_1]),
         "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in data)],
                              [[label, *FD(key), *FD(f"{key} truth")] for label, key in FIGURE_8]),
-        "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)]
-                                                          for d in data for run in ("none", "dcmix")]),
+        "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *cells] for d in data for run in ("none", "dcmix")
+                                                          if any(cells := [cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS])]),
         "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
-                                    [[d, *(cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED))] for d in data])}
+                                    [[d, *cells] for d in data if any(cells := [cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED)])])}
 
 
 if __name__ == "__main__":
