@@ -141,7 +141,7 @@ def tables(entries):
     data = ("shapes", "fashion-mnist")
     both = lambda key, place=0: [cell(found(entries, d, key, place, value)) for d in data for value in ("FD", "CS")]
     FD = lambda key: [cell(found(entries, d, key)) for d in data]
-    return {
+    made = {
         "Table 1": markdown(["", *(f"{d} {v}" for d in data for v in ("FD", "CS")), "parameters"],
                             [[label, *both(key, place), parameters] for label, key, place, parameters in TABLE_1]),
         "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in data)],
@@ -150,6 +150,7 @@ def tables(entries):
                                                           if any(cells := [cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS])]),
         "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
                                     [[d, *cells] for d in data if any(cells := [cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED)])])}
+    return {name: table for name, table in made.items() if table.count("\n") > 1}                # without those that have no row yet
 
 
 if __name__ == "__main__":
