@@ -25,8 +25,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
-from torch.nn.functional import pad as zero_pad
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
 from mixing import bits_to_codes, codes_to_bits
@@ -63,17 +62,10 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------ both autoencoders
+# ------------------------------------------------------------------ both tokenizers
 
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def set_groups(model, groups):
-    """Other than the official 32 groups: at width 32 a group would be one channel and its norm would erase the picture's mean colour."""
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = groups
+def norm(c, groups):
+    return nn.GroupNorm(groups, c, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -83,10 +75,10 @@ class ResBlock(nn.Module):
     OUTPUT and leaves the input out, as its released weights expect.
     """
 
-    def __init__(self, c_in, c_out, maskbit):
+    def __init__(self, c_in, c_out, maskbit, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
+        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
+        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
         self.maskbit = maskbit
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_out if maskbit else c_in, c_out, 1, bias=not maskbit)
@@ -99,9 +91,9 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, groups):
         super().__init__()
-        self.norm = norm(c)
+        self.norm = norm(c, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
@@ -117,11 +109,12 @@ class Level(nn.Module):
     Halving pads right and bottom only, with MaskBit (TensorFlow's SAME) both sides where the size is odd.
     """
 
-    def __init__(self, c_in, c_out, blocks, attn, maskbit, resize=None):
+    def __init__(self, c_in, c, blocks, attn, maskbit, groups, resize=None):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, maskbit) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(attn))
-        self.resize = nn.Conv2d(c_out, c_out, 3, **(dict(stride=2) if resize == "halve" else dict(padding=1))) if resize else nn.Identity()
+        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c, c, maskbit, groups) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c, groups) for _ in range(attn))
+        steps = dict(halve=dict(stride=2), double=dict(padding=1))
+        self.resize = nn.Conv2d(c, c, 3, **steps[resize]) if resize else nn.Identity()
         self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
@@ -129,58 +122,57 @@ class Level(nn.Module):
             x = self.attn[j](block(x)) if j < len(self.attn) else block(x)
         if self.how == "halve":
             top, left = (side % 2 * self.maskbit for side in x.shape[-2:])
-            x = zero_pad(x, (left, 1, top, 1))
+            x = pad(x, (left, 1, top, 1))
         elif self.how == "double":
             x = interpolate(x, scale_factor=2.0, mode="nearest")
         return self.resize(x)
 
 
-class Encoder(nn.Sequential):
+def levels(widths, blocks, attn, maskbit, groups, resize):
+    """A Level per width, each but the last followed by `resize`; attention in the levels with `attn`.   -> nn.Sequential"""
+    last = len(widths) - 1
+    return nn.Sequential(*(Level(widths[max(i - 1, 0)], width, blocks, blocks * attn[i], maskbit, groups, resize if i < last else None)
+                           for i, width in enumerate(widths)))
+
+
+def encoder(widths, blocks, out, maskbit, groups):
     """Pictures (B, 3, H, W) -> (B, out, h, w); widths: channels per level, each level but the last halves the picture.
 
     maskbit: MaskBit's encoder, else the KL-VAE's, which has attention at the lowest level and in the middle.
     """
-
-    def __init__(self, widths, blocks, out, maskbit):
-        c, last = widths[-1], len(widths) - 1
-        down = (Level(widths[max(i - 1, 0)], width, blocks, blocks * (i == last and not maskbit), maskbit, "halve" if i < last else None)
-                for i, width in enumerate(widths))
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit), down=nn.Sequential(*down),
-            mid=Level(c, c, blocks if maskbit else 2, 0 if maskbit else 1, maskbit),
-            norm_out=norm(c), silu=nn.SiLU(), conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
+    c, middle = widths[-1], (blocks, 0) if maskbit else (2, 1)
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit),
+        down=levels(widths, blocks, [False] * (len(widths) - 1) + [not maskbit], maskbit, groups, "halve"),
+        mid=Level(c, c, *middle, maskbit, groups), norm_out=norm(c, groups), silu=nn.SiLU(),
+        conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
 
 
-class Decoder(nn.Sequential):
+def decoder(widths, blocks, z, attn, maskbit, groups):
     """(B, z, h, w) -> pictures (B, 3, H, W); up[0] is the lowest resolution. attn: attention there, too, not only in the middle.
 
     The KL-VAE's decoder has one block more per level than its encoder, MaskBit's has not.
     """
+    widths, count, middle = widths[::-1], blocks if maskbit else blocks + 1, (blocks, 0) if maskbit else (2, 1)
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], *middle, maskbit, groups),
+        up=levels(widths, count, [attn] + [False] * (len(widths) - 1), maskbit, groups, "double"),
+        norm_out=norm(widths[-1], groups), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
 
-    def __init__(self, widths, blocks, z, attn, maskbit):
-        widths, last, count = widths[::-1], len(widths) - 1, blocks if maskbit else blocks + 1
-        up = (Level(widths[max(i - 1, 0)], width, count, count * (i == 0 and attn), maskbit, "double" if i < last else None)
-              for i, width in enumerate(widths))
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], blocks if maskbit else 2, 0 if maskbit else 1, maskbit),
-            up=nn.Sequential(*up), norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
-
-
-# ------------------------------------------------------------------ x_c: the KL-VAE (VA-VAE, KL-16)
 
 class KLVAE(nn.Module):
     """x_c = VAE(I) of Eq. (7).   [VA-VAE] [MAR]
 
-    width and mult give the channels per level, each level after the first halves the picture; `attn`
-    puts attention at the decoder's lowest level (VA-VAE has it, KL-16 not).
+    width and mult give the channels per level; `attn` puts attention at the decoder's lowest level (VA-VAE has it, KL-16 not).
+    groups of the norms: at width 32 each of the official 32 would be one channel, its norm would erase the picture's mean colour.
     """
 
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
-        self.encoder, self.decoder = Encoder(widths, blocks, 2 * z, maskbit=False), Decoder(widths, blocks, z, attn, maskbit=False)
+        self.encoder = encoder(widths, blocks, 2 * z, False, groups)
+        self.decoder = decoder(widths, blocks, z, attn, False, groups)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
-        set_groups(self, groups)
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance in [-30, 20], each (B, z, h, w)."""
@@ -202,19 +194,17 @@ def kl_to_normal(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
 
 
-# ------------------------------------------------------------------ x_d: the bit tokenizer (MaskBit)
-
 class BitVQ(nn.Module):
     """x_d = VQVAE(I) of Eq. (7): every token is `bits` signs, no codebook is learned.   [MaskBit]"""
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
         widths = [width * k for k in mult]
-        self.encoder, self.decoder = Encoder(widths, blocks, bits, maskbit=True), Decoder(widths, blocks, bits, attn=False, maskbit=True)
+        self.encoder = encoder(widths, blocks, bits, True, groups)
+        self.decoder = decoder(widths, blocks, bits, False, True, groups)
         self.quantize = nn.Module()
         self.quantize.register_buffer("bits_to_indices", 2 ** torch.arange(bits, dtype=torch.int32))
         self.quantize.register_buffer("codebook", codes_to_bits(torch.arange(2 ** bits)[:, None], bits))
-        set_groups(self, groups)
 
     def encode(self, images):
         """images (B, 3, H, W) in [0, 1] -> z (B, bits, h, w) before quantisation."""
@@ -348,12 +338,11 @@ class Shapes:
     def distance(label, x, y):
         """Signed distance of the points (x, y) to the outline of the shape, which fills about [-1, 1]^2; inside < 0."""
         r, ax, ay = np.hypot(x, y), abs(x), abs(y)
-        if label == 4:                                                       # star: one edge of ten, the rest by folding
-            fold = abs(np.arctan2(x, y) % (2 * np.pi / 5) - np.pi / 5)
-            (px, py), q = (math.cos(np.pi / 5), math.sin(np.pi / 5)), 0.42
-            return ((r * np.cos(fold) - q) * py - r * np.sin(fold) * (px - q)) / math.hypot(px - q, py)
+        fold = abs(np.arctan2(x, y) % (2 * np.pi / 5) - np.pi / 5)           # star: one edge of ten, the rest by folding
+        (px, py), q = (math.cos(np.pi / 5), math.sin(np.pi / 5)), 0.42
         return [lambda: r - 0.85, lambda: abs(r - 0.67) - 0.22, lambda: np.maximum(ax, ay) - 0.75,
-                lambda: np.maximum(0.866 * ax + 0.5 * y, -y) - 0.5, None,
+                lambda: np.maximum(0.866 * ax + 0.5 * y, -y) - 0.5,
+                lambda: ((r * np.cos(fold) - q) * py - r * np.sin(fold) * (px - q)) / math.hypot(px - q, py),
                 lambda: np.minimum(np.maximum(ax - 0.28, ay - 0.9), np.maximum(ax - 0.9, ay - 0.28)),
                 lambda: np.minimum((ax + abs(y + 0.1) - 0.8) / 1.414, np.hypot(ax - 0.4, y - 0.3) - 0.566),
                 lambda: np.maximum(r - 0.9, 0.72 - np.hypot(x - 0.5, y)),
@@ -408,7 +397,6 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
     meta = read_meta(folder)
     if meta.get("made_from", made_from) != made_from:
         raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
-    barrier()                                                                # everybody has looked
     if meta.get("complete"):
         return meta
     if rank == 0 and not meta:
@@ -419,9 +407,9 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
         write_meta(folder, dict(made_from=made_from, classes=source.classes, complete=False))
     barrier()
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*arrays, "status")}
-    bar = tqdm(total=n, desc=f"{folder.name:6}", unit="img", disable=rank > 0, initial=int((files["status"] > 0).sum()))
+    starts = tqdm(range(rank * batch, n, ranks * batch), f"{folder.name:6}", unit="img", unit_scale=ranks * batch, disable=rank > 0)
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks)) as threads:
-        for start in range(rank * batch, n, ranks * batch):
+        for start in starts:
             rows = start + np.flatnonzero(files["status"][start:start + batch] == 0)
             pictures = list(threads.map(source.read, rows))
             good = np.array([not isinstance(picture, str) for picture in pictures], bool)
@@ -429,8 +417,6 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
                 for name, value in make(np.stack([p for p, fine in zip(pictures, good) if fine])).items():
                     files[name][rows[good]] = value
             files["status"][rows] = np.where(good, 1, 2)                     # last, when the rows themselves are there
-            bar.update(min(len(rows) * ranks, n - bar.n))
-    bar.close()
     barrier()
     skipped = [source.read(i) for i in np.flatnonzero(files["status"] == 2)]
     if len(skipped) == n:
@@ -452,21 +438,16 @@ def write_meta(folder, meta):
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
 
-class Images:
-    """The pictures of a split, decoded once into `folder`, for the training of the tokenizers.
+def readable(folder, *names):
+    """The files `names` of a cache, and which of their rows hold a picture that could be read."""
+    *arrays, status = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in (*names, "status"))
+    return *arrays, np.flatnonzero(status == 1)
 
-    images[i] -> uint8 (B, 3, size, size) for i (B,) in 0..n-1; n, mirror. Unreadable pictures are left out.
-    """
 
-    def __init__(self, folder, source):
-        fill(folder, source, {"pixels": (np.uint8, (3, source.size, source.size))}, lambda pictures: {"pixels": pictures})
-        self.mirror = source.mirror
-        self.pixels, status = (np.load(Path(folder) / name, mmap_mode="r") for name in ("pixels.npy", "status.npy"))
-        self.rows = np.flatnonzero(status == 1)
-        self.n = len(self.rows)
-
-    def __getitem__(self, i):
-        return self.pixels[self.rows[i]]
+def cache_images(folder, source):
+    """The pictures, decoded once into `folder` -> uint8 (n, 3, size, size), which of these rows could be read."""
+    fill(folder, source, {"pixels": (np.uint8, (3, source.size, source.size))}, lambda pictures: {"pixels": pictures})
+    return readable(folder, "pixels")
 
 
 @torch.no_grad()
@@ -487,8 +468,8 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     arrays = {"moments": (np.float16, (F, 2 * vae.post_quant_conv.in_channels, h, h)), "indices": (np.int32, (F, h, h))}
     meta = fill(folder, source, arrays, make, batch or 2 ** 20 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
     if world()[0] == 0 and "mean" not in meta:
-        moments, status = (np.load(folder / name, mmap_mode="r") for name in ("moments.npy", "status.npy"))
-        rows = np.sort(np.random.RandomState(0).permutation(np.flatnonzero(status == 1))[:10000])
+        moments, rows = readable(folder, "moments")
+        rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
         random, total, n = torch.Generator().manual_seed(0), 0, len(rows) * h * h
         for part in np.array_split(rows, -(-len(rows) // 500)):
             mean, logvar = torch.tensor(moments[part, 0]).double().chunk(2, dim=1)
@@ -501,24 +482,23 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
 
 
 class Tokens:
-    """The cache of `cache_tokens`. n pictures with labels (n,), classes. SystemExit if other tokenizers than `vae`, `vq` made it."""
+    """The cache of `cache_tokens`: n pictures in `classes`. SystemExit if it is not complete or not of the tokenizers `vae`, `vq`."""
 
     def __init__(self, folder, vae, vq):
-        self.meta, expected, folder = read_meta(folder), [fingerprint(vae), fingerprint(vq)], Path(folder)
+        self.meta, expected = read_meta(folder), [fingerprint(vae), fingerprint(vq)]
         if "mean" not in self.meta:
             raise SystemExit(f"{folder}: the token cache is not complete; make it with --stage cache")
         self.made_by = [self.meta["made_from"][kind] for kind in ("vae", "vq")]
         if self.made_by != expected:
             raise SystemExit(f"{folder} was made by tokenizers {self.made_by}, not by {expected}; remove it to make it again")
-        self.moments, self.indices, labels, status = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "indices", "labels", "status"))
-        self.rows, self.classes = np.flatnonzero(status == 1), self.meta["classes"]
-        self.labels, self.n = labels[self.rows], len(self.rows)
+        self.moments, self.indices, labels, self.rows = readable(folder, "moments", "indices", "labels")
+        self.n, self.labels, self.classes = len(self.rows), labels[self.rows], self.meta["classes"]
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
 
     def __getitem__(self, index):
-        """index: picture (B,) in 0..n-1, u (B,) in [0, 1): mirrored from 0.5 on -> mean, deviation (B, N, d_c), normalised, and bits x_d (B, N, d_d)."""
+        """picture (B,) in 0..n-1, u (B,) in [0, 1): mirrored from 0.5 on -> mean, deviation (B, N, d_c), normalised, x_d (B, N, d_d), y (B,)."""
         picture, u = index
         rows, flip = self.rows[picture], (u * self.indices.shape[1]).astype(int)
         mean, logvar = torch.tensor(self.moments[rows, flip]).float().flatten(2).transpose(1, 2).chunk(2, dim=2)
         x_d = codes_to_bits(torch.tensor(self.indices[rows, flip]).flatten(1)[..., None], self.meta["bits"])
-        return (mean - self.mean) / self.std, (0.5 * logvar).exp() / self.std, x_d
+        return (mean - self.mean) / self.std, (0.5 * logvar).exp() / self.std, x_d, torch.tensor(self.labels[picture])

@@ -16,10 +16,9 @@ import csv
 import math
 import os
 import signal
-import time
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,16 +124,17 @@ class Draw:
         return self.shared(f, self.B, *shape)[self.rows]
 
 
-@lru_cache(2)
-def epoch_order(n, seed, epoch):
-    return np.random.RandomState([seed, epoch]).permutation(n)
+def draw_batches(args, get_batch, n, B, step, parts):
+    """This rank's share of step `step` in `parts` parts -> [(batch, draw)]; seeds dropout, the one thing not drawn by `draw`.
 
-
-def batch_rows(n, B, seed, step):
-    """The picture numbers of step `step`, a function of (seed, epoch); every epoch leaves out its last n mod B.   -> (B,)"""
-    per_epoch = max(n // B, 1)
-    k = step % per_epoch
-    return np.resize(epoch_order(n, seed, step // per_epoch), max(n, B))[k * B:(k + 1) * B]
+    The order of the n pictures is a function of (seed, epoch); every epoch leaves out its last n mod B.
+    """
+    (rank, ranks), (epoch, k) = world(), divmod(step, max(n // B, 1))
+    torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)
+    order = np.random.RandomState([args.seed, epoch]).permutation(n)
+    rows = np.resize(order, max(n, B))[k * B:(k + 1) * B]
+    draws = [Draw(args.seed, step, B, torch.device(args.device), part, parts) for part in range(parts)]
+    return [(tuple(a.to(args.device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
 
 
 # ------------------------------------------------------------------ the loop
@@ -148,13 +148,6 @@ class Loss(nn.Module):
 
     def forward(self, *batch):
         return self.loss(self.model, *batch)
-
-
-def distributed(module, device):
-    """For several processes, with the mean of their gradients."""
-    if world()[1] == 1:
-        return module
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 def make_optimizer(model, recipe):
@@ -181,17 +174,15 @@ def update_ema(ema, model, n, decay):
 class Log:
     """Progress bar, log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
 
-    def __init__(self, folder, kind, step, steps, B, tensorboard):
+    def __init__(self, folder, kind, step, steps, B, args):
         folder.mkdir(parents=True, exist_ok=True)
-        path, rows = folder / "log.csv", []
-        if path.is_file():
-            rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= step]
-        self.before, self.start, self.first, self.B = float(rows[-1]["seconds"]) if rows else 0.0, time.time(), step, B
-        self.file, self.board = path.open("w", newline=""), None
+        path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
+        rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= step] if path.is_file() else []
+        self.before, self.file = float(rows[-1]["seconds"]) if rows else 0.0, path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
         self.writer.writeheader()
         self.writer.writerows(rows)
-        if tensorboard:
+        if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -199,48 +190,53 @@ class Log:
             self.board = SummaryWriter(folder)
         self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
 
-    def write(self, step, loss, lr, grad_norm, due):
-        """Move the bar; where `due`, a row."""
+    def write(self, step, loss, lr, grad_norm):
         self.bar.update()
-        if not due:
+        if step % self.every and step < self.bar.total:
             return
+        seconds, done = self.bar.format_dict["elapsed"], step - self.bar.initial
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        seconds = time.time() - self.start
-        self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4), seconds=round(self.before + seconds, 2),
-                                  images_per_second=round((step - self.first) * self.B / seconds, 1)))
+        self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4),
+                                  images_per_second=round(done * self.B / seconds, 1), seconds=round(self.before + seconds, 2)))
         self.file.flush()
         if self.board:
             for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm)):
                 self.board.add_scalar(name, value, step)
 
 
-def restore(path, init, kind, settings, keeps):
-    """Take up last.pt, or start from another checkpoint's weights (--init) -> steps done, EMA updates before step 0.
+class State:
+    """What last.pt holds: model, moving average, optimiser and scaler after `step` steps; ema_start averages were before them.
 
-    keeps: model, ema, optimizer, scaler by name. SystemExit on a damaged or foreign file, or one made with other settings.
+    Taken up from folder/last.pt, else the weights alone from another checkpoint or run, `init`. SystemExit on a damaged
+    or foreign file, or one made with other settings.
     """
-    source = path if path.is_file() else init
-    if not source:
-        return 0, 0
-    source = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
-    saved = sample.load_checkpoint(source, kind)
-    if source == path and saved["settings"] != settings:
-        raise SystemExit(f"{path} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
-    for key in ("model", "ema"):
-        sample.load_weights(keeps[key], saved[key], source)
-    if source != path:
-        return 0, saved["ema_start"] + saved["step"]
-    for key in ("optimizer", "scaler"):
-        keeps[key].load_state_dict(saved[key])
-    return saved["step"], saved["ema_start"]
 
+    def __init__(self, args, kind, folder, model, config, meta, init):
+        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"])
+        self.about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
+        self.path, self.step, self.ema_start, self.model = folder / "last.pt", 0, 0, model.to(args.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = make_optimizer(self.model, args.recipe[kind])
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
+        resumed = self.path.is_file()
+        if not (resumed or init):
+            return
+        source = self.path if resumed else Path(init) / "last.pt" if Path(init).is_dir() else Path(init)
+        saved = sample.load_checkpoint(source, kind)
+        if resumed and saved["settings"] != settings:
+            raise SystemExit(f"{source} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
+        sample.load_weights(self.model, saved["model"], source)
+        sample.load_weights(self.ema, saved["ema"], source)
+        self.ema_start = saved["ema_start"] + (0 if resumed else saved["step"])
+        if resumed:
+            self.step = saved["step"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
 
-def draw_batches(args, get_batch, n, B, step, parts, device):
-    """This rank's share of step `step` in `parts` parts -> [(batch, draw)]; seeds dropout, the one thing not drawn by `draw`."""
-    rank, ranks = world()
-    torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)
-    rows, draws = batch_rows(n, B, args.seed, step), [Draw(args.seed, step, B, device, part, parts) for part in range(parts)]
-    return [(tuple(a.to(device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
+    def save(self):
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scaler")}
+        saved = self.about | dict(step=self.step, ema_start=self.ema_start) | parts
+        tokenizers.write_whole(self.path, lambda file: torch.save(saved, file))
 
 
 def update(args, ddp, model, optimizer, scaler, parts, step):
@@ -267,56 +263,49 @@ def update(args, ddp, model, optimizer, scaler, parts, step):
     return loss, norm, taken
 
 
-def fit(args, folder, kind, model, config, loss, n, get_batch, recipe, meta, preview, init=None):
-    """Train `model` with `loss` for recipe["steps"] steps, going on from folder/last.pt; everything is saved there.
+def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, meta={}, init=None):
+    """Train `model` with `loss` on n pictures to the end of its recipe, going on from folder/last.pt; everything is saved there.
 
-    get_batch(rows, draw) -> tuple of tensors; preview(ema, step) draws pictures. SystemExit on a checkpoint of
-    other settings, on 5 non-finite losses in a row, after SIGTERM.
+    get_batch(rows, draw) -> tuple of tensors; preview(ema, step) draws pictures. SystemExit as of State, on 5 non-finite
+    losses in a row, after SIGTERM.
     """
-    (rank, ranks), device, B, steps = world(), torch.device(args.device), recipe["batch"], recipe["steps"]
-    parts = 1 if kind == "vq" else max(args.accumulate, 1)                        # vq's entropy is not a mean over images
+    (rank, ranks), recipe, stop, bad = world(), args.recipe[kind], [], 0
+    B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else max(args.accumulate, 1)   # vq's entropy is not a mean over images
     if B % (ranks * parts):
         raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
-    path, model, bad, stop = folder / "last.pt", model.to(device), 0, []
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer, scaler = make_optimizer(model, recipe), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    settings = dict(config=config, seed=args.seed, batch=B)
-    keeps = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    step, ema_start = restore(path, init, kind, settings, keeps)
-
-    ddp = distributed(Loss(model.train(), loss), device)
+    state = State(args, kind, folder, model, config, meta, init)
+    ddp = Loss(state.model.train(), loss)
+    ddp = DistributedDataParallel(ddp) if ranks > 1 else ddp
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    log = Log(folder, kind, step, steps, B, args.tensorboard) if rank == 0 else None
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        batches = draw_batches(args, get_batch, n, B, step, parts, device)
-        value, norm, taken = update(args, ddp, model, optimizer, scaler, batches, step)
+    log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
+    while state.step < steps:
+        lr = learning_rate(recipe, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        batches = draw_batches(args, get_batch, n, B, state.step, parts)
+        value, norm, taken = update(args, ddp, state.model, state.optimizer, state.scaler, batches, state.step)
         bad = 0 if taken else bad + 1
         if bad == 5:
-            raise SystemExit(f"{kind}: the loss was not finite ({value}) in 5 steps running, at step {step}; none of them was kept. "
-                             f"Lower --lr and start again from {path if path.is_file() else 'the beginning'}")
+            raise SystemExit(f"{kind}: the loss was not finite ({value}) in 5 steps running, at step {state.step}; none of them was kept. "
+                             f"Lower --lr and start again from {state.path if state.path.is_file() else 'the beginning'}")
         if taken:
-            update_ema(ema, model, ema_start + step, args.ema)
-        step += 1
+            update_ema(state.ema, state.model, state.ema_start + state.step, args.ema)
+        state.step += 1
+        stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=args.device)) > 0
+        pictured = preview and args.sample_every and state.step % args.sample_every == 0 and state.step < steps
         if rank == 0:
-            log.write(step, value, group["lr"], norm, step % args.log_every == 0 or step == steps)
-        stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=device)) > 0
-        picture_due = preview and args.sample_every and step % args.sample_every == 0 and step < steps
-        if rank == 0 and (step % args.save_every == 0 or step == steps or stopping or picture_due):
-            about = dict(kind=kind, config=config, settings=settings, meta=meta, step=step, ema_start=ema_start, args=vars(args))
-            saved = about | {name: part.state_dict() for name, part in keeps.items()}
-            tokenizers.write_whole(path, lambda file: torch.save(saved, file))
+            log.write(state.step, value, lr, norm)
+            if state.step % args.save_every == 0 or state.step == steps or stopping or pictured:
+                state.save()
         if stopping:
-            raise SystemExit(f"{kind}: stopped by SIGTERM at step {step}, saved in {path}; start again to go on")
-        if rank == 0 and picture_due:
-            preview(ema.eval(), step)
+            raise SystemExit(f"{kind}: stopped by SIGTERM at step {state.step}, saved in {state.path}; start again to go on")
+        if rank == 0 and pictured:
+            preview(state.ema.eval(), state.step)
     if rank == 0:
         log.bar.close()
     signal.signal(signal.SIGTERM, previous)
-    barrier()
     if rank == 0 and preview:
-        preview(ema.eval(), step)
+        preview(state.ema.eval(), state.step)
     barrier()
 
 
@@ -330,47 +319,41 @@ def done(path, kind):
     return saved["step"] >= saved["args"]["recipe"][kind]["steps"]
 
 
-def train_tokenizer(args, shared, kind, images):
+def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq: pixels -> tokenizer, and a picture of originals above reconstructions."""
-    config = backbone.PRESETS[args.preset][kind]
-    if kind == "vq" and config["bits"] > 14:
-        raise SystemExit("the bit tokenizer trains with at most 14 bits")
+    config, (pixels, readable) = backbone.PRESETS[args.preset][kind], tokenizers.cache_images(shared / "images", source)
     torch.manual_seed(args.seed)
     model = sample.KINDS[kind](**config).to(memory_format=torch.channels_last)           # convolutions run faster so
     if kind == "vae":
         nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
 
     def get_batch(rows, draw):
-        x = torch.tensor(images[rows]).float() / 255
-        if images.mirror:
+        x = torch.tensor(pixels[readable[rows]]).float() / 255
+        if source.mirror:
             flip = draw(torch.rand).cpu() < 0.5
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
         return (x.contiguous(memory_format=torch.channels_last),)
 
     @torch.no_grad()
     def preview(ema, step):
-        x = torch.tensor(images[np.arange(min(10, images.n))]).to(args.device).float() / 255
+        x = torch.tensor(pixels[readable[:10]]).to(args.device).float() / 255
         y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
         sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
-    loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, shared / kind, kind, model, config, loss, images.n, get_batch, args.recipe[kind], {}, preview)
+    fit(args, kind, shared / kind, model, config, vae_loss if kind == "vae" else vq_loss, len(readable), get_batch, preview)
 
 
 def token_batches(tokens):
     """get_batch for the prior and MixAR: cached tokens, a random one of picture and mirror image."""
-    def get_batch(rows, draw):
-        return (*tokens[rows, draw(torch.rand).cpu().numpy()], torch.tensor(tokens.labels[rows]))
-    return get_batch
+    return lambda rows, draw: tokens[rows, draw(torch.rand).cpu().numpy()]
 
 
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
     torch.manual_seed(args.seed)
-    model = backbone.MaskBitPrior(**config)
-    fit(args, shared / "prior", "prior", model, config, partial(prior_loss, label_drop=args.label_drop), tokens.n,
-        token_batches(tokens), args.recipe["prior"], {}, None)
+    loss = partial(prior_loss, label_drop=args.label_drop)
+    fit(args, "prior", shared / "prior", backbone.MaskBitPrior(**config), config, loss, tokens.n, token_batches(tokens))
 
 
 def train_mixar(args, shared, files, run, tokens):
@@ -397,7 +380,7 @@ def train_mixar(args, shared, files, run, tokens):
         sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
 
     loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
-    fit(args, run, "mixar", model, config, loss, tokens.n, token_batches(tokens), recipe, meta, preview, init=args.init)
+    fit(args, "mixar", run, model, config, loss, tokens.n, token_batches(tokens), preview, meta, args.init)
 
 
 def parse(argv=None):
@@ -487,7 +470,7 @@ def main(argv=None):
         raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
     for kind in ("vae", "vq"):
         if args.stage == kind or wants(kind) and not done(files[kind], kind):
-            train_tokenizer(args, shared, kind, tokenizers.Images(shared / "images", source))
+            train_tokenizer(args, shared, kind, source)
     if args.stage in ("vae", "vq"):
         return
     vae, vq = (sample.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))

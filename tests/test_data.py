@@ -77,20 +77,20 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     data = (folder / "dog" / "rgba.png").read_bytes()
     (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
-    images = tokenizers.Images(tmp_path / "out", tokenizers.open_source(str(folder), "train", 32, None))
+    pixels, readable = tokenizers.cache_images(tmp_path / "out", tokenizers.open_source(str(folder), "train", 32, None))
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
-    assert images.n == 5 and images[np.arange(5)].shape == (5, 3, 32, 32)
+    assert pixels.shape == (7, 3, 32, 32) and readable.tolist() == [1, 2, 3, 4, 5]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert len(meta["skipped"]) == 2 and meta["complete"]
-    assert (images[np.array([4])][0] == tokenizers.open_source(str(folder), "train", 32, None).read(5)).all()
+    assert (pixels[5] == tokenizers.open_source(str(folder), "train", 32, None).read(5)).all()
 
 
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="none of its 1 pictures"):
-        tokenizers.Images(tmp_path / "out", tokenizers.open_source(str(tmp_path / "in"), "train", 32, None))
+        tokenizers.cache_images(tmp_path / "out", tokenizers.open_source(str(tmp_path / "in"), "train", 32, None))
 
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
@@ -136,9 +136,9 @@ def shapes(count):
 
 
 def test_images_of_another_source_are_refused(tmp_path):
-    tokenizers.Images(tmp_path, shapes(10))
+    tokenizers.cache_images(tmp_path, shapes(10))
     with pytest.raises(SystemExit, match="was made from"):
-        tokenizers.Images(tmp_path, shapes(20))
+        tokenizers.cache_images(tmp_path, shapes(20))
 
 
 def tiny_tokenizers():
@@ -154,13 +154,13 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
     assert tokens.n == 50 and tokens.labels.tolist() == source.labels.tolist() and tokens.classes == source.classes
-    mean, std, x_d = tokens[np.array([3, 44]), np.array([0.4, 0.5])]
+    mean, std, x_d, y = tokens[np.array([3, 44]), np.array([0.4, 0.5])]
     x = torch.tensor(np.stack([source.read(3), source.read(44)])).float() / 255
     x[1] = x[1].flip(2)
     with torch.no_grad():
         true_mean, logvar = vae.encode(x * 2 - 1)
         bits = tokenizers.quantise(vq.encode(x))
-    assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8)
+    assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8) and y.tolist() == [3, 4]
     back = (mean * tokens.std + tokens.mean).transpose(1, 2).unflatten(2, (8, 8))
     assert torch.allclose(back, true_mean, atol=2e-3)
     assert torch.allclose(std * tokens.std, (0.5 * logvar).exp().flatten(2).transpose(1, 2), rtol=2e-3)
@@ -173,7 +173,7 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
     vae.quant_conv.bias.data[8:] = 1.0                                       # much posterior noise
     tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
-    mean, std, _ = tokens[np.arange(300), np.zeros(300)]
+    mean, std, _, _ = tokens[np.arange(300), np.zeros(300)]
     x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(x_c.mean((0, 1)), torch.zeros(8), atol=0.03)
     assert torch.allclose(x_c.std((0, 1)), torch.ones(8), atol=0.03)

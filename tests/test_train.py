@@ -307,7 +307,7 @@ def test_official_tokenizers_make_the_token_cache(tmp_path):
     train.main([*SMALL, *files, "--images", "8", "--runs", str(tmp_path), "--stage", "cache"])
     vae, vq = (sample.load_model(tmp_path / f"{kind}.pth", kind)[0] for kind in ("vae", "vq"))
     tokens = tokenizers.Tokens(tmp_path / "shapes" / "tokens", vae, vq)
-    mean, _, x_d = tokens[np.array([0]), np.array([0.0])]
+    mean, _, x_d, _ = tokens[np.array([0]), np.array([0.0])]
     assert mean.shape == (1, 256, 4) and x_d.shape == (1, 256, 6)
 
 
