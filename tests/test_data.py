@@ -217,6 +217,13 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     assert tokens.n == 5 and tokens.labels.tolist() == [0, 0, 1, 1, 1]
 
 
+def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
+    """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
+    with pytest.raises(ValueError):
+        tokenizers.fill(tmp_path, shapes(6), {"pixels": (np.uint8, (3, 32, 32))}, lambda pictures: {"pixels": pictures[:, :, :5]}, batch=2)
+    assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
+
+
 def cache_in_one_of(rank, ranks, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)

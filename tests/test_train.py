@@ -76,6 +76,15 @@ def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path):
     assert weights(tmp_path / "run" / "last.pt", "ema_start") == 2
 
 
+def test_averages_are_counted_on_from_a_checkpoint(runs, tmp_path, monkeypatch):
+    """The moving average's warm-up goes on after --init and after a resume."""
+    counts, shipped = [], train.update_ema
+    monkeypatch.setattr(train, "update_ema", lambda ema, model, n, decay: counts.append(n) or shipped(ema, model, n, decay))
+    for steps in (2, 3):
+        train.main(mixar(runs, tmp_path / "run", "--init", runs / "shapes-dcmix", "--steps", steps))
+    assert counts == [2, 3, 4]
+
+
 # ------------------------------------------------------------------ rates and averages
 
 def test_rate_warms_up_then_stays_or_anneals_to_a_tenth():
