@@ -217,6 +217,16 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     assert tokens.n == 5 and tokens.labels.tolist() == [0, 0, 1, 1, 1]
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    def stopped(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    tokenizers.write_whole(tmp_path / "file", lambda file: file.write(b"whole"))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers.write_whole(tmp_path / "file", stopped)
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
     with pytest.raises(ValueError):

@@ -81,7 +81,7 @@ def test_averages_are_counted_on_from_a_checkpoint(runs, tmp_path, monkeypatch):
     counts, shipped = [], train.update_ema
     monkeypatch.setattr(train, "update_ema", lambda ema, model, n, decay: counts.append(n) or shipped(ema, model, n, decay))
     for steps in (2, 3):
-        train.main(mixar(runs, tmp_path / "run", "--init", runs / "shapes-dcmix", "--steps", steps))
+        train.main(mixar(runs, tmp_path / "run", "--init", runs / "shapes-dcmix", "--steps", steps, "--seed", 1))
     assert counts == [2, 3, 4]
 
 
@@ -121,6 +121,16 @@ def test_golden_moving_average():
 
 
 # ------------------------------------------------------------------ resuming
+
+def test_data_order_and_dropout_are_functions_of_seed_and_step():
+    """20 pictures in batches of 8: two batches an epoch without a picture twice, another order in the next."""
+    def numbers(step):
+        batches = train.draw_batches(train.parse(["--device", "cpu"]), lambda rows, draw: (torch.tensor(rows),), 20, 8, step, 1)
+        return batches[0][0][0].tolist(), torch.rand(1).item()
+    found = [numbers(step) for step in range(4)]
+    assert found == [numbers(step) for step in range(4)] and len({dropout for _, dropout in found}) == 4
+    assert all(len({*found[k][0], *found[k + 1][0]}) == 16 for k in (0, 2)) and found[0][0] != found[2][0]
+
 
 def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(runs, tmp_path):
     more = ["--steps", 24, "--save-every", 4, "--log-every", 1, "--guidance", "dcmix"]
