@@ -13,6 +13,7 @@ B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per toke
 import argparse
 import copy
 import csv
+import gc
 import math
 import os
 import signal
@@ -488,6 +489,7 @@ def main(argv=None):
         if rank == 0:
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
     if dist.is_initialized():
+        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its processes do
         dist.destroy_process_group()
 
 
