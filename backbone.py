@@ -300,22 +300,6 @@ class MaskBitPrior(nn.Module):
         return logits.unflatten(-1, (self.splits, self.codes)).float()
 
 
-def training_mask(codes_shape, u_ratio, u_code):
-    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
-
-    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
-    """
-    return u_code.expand(codes_shape) < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
-
-
-def masked_loss(logits, codes):
-    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
-
-    logits (B, N, S, C), codes (B, N, S) int -> scalar.
-    """
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
-
-
 # ------------------------------------------------------------------ official files: known by their keys, sized by their shapes
 
 OFFICIAL = {"vae": ("KL-16 or VA-VAE", "quant_conv."), "vq": ("MaskBit tokenizer", "quantize."),             # what they are called, and

@@ -1,15 +1,17 @@
-"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper.
+"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper, and what Eqs. (7) and (3) do to tokens.
 
 Pure functions on tensors. Every random number is an argument; nothing here draws one and nothing
 here changes its inputs.
 
+    Eq. (7)   reparameterize, quantise   x_c and x_d from what the encoders put out; losses
     Eq. (8)   sample_mask      which tokens to predict
     Eq. (9)   dc_mix           x_d where the mask is 1, x_c elsewhere      (DC-Mix)
     Eq. (10)  mask_discrete    the discrete tokens with the mask token t_m
     Eq. (11)  predict_masked   g_M fills the masked discrete tokens
     Eq. (12)  ti_mix           part truth, part generated                 (TI-Mix)
+    Eq. (3)   masked_loss      the prior's loss
 
-Reads nothing, feeds backbone.py, train.py and sample.py. Read backbone.py next.
+Reads nothing, feeds every other file. Read backbone.py next.
 Try: python -m pytest tests/test_mixing.py -q
 
 B batch, N tokens, d_c / d_d channels of x_c / x_d, S bit groups of e = d_d / S bits, m True = to predict.
@@ -19,6 +21,52 @@ import math
 import torch
 from scipy.special import ndtr, ndtri
 
+# ------------------------------------------------------------------ Eq. (7): x_c and x_d
+
+def reparameterize(mean, logvar, eps):
+    """A posterior sample from the given standard normal draw, all (B, z, h, w)."""
+    return mean + (0.5 * logvar).exp() * eps
+
+
+def kl_to_normal(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)) summed over each image.   (B, z, h, w) -> (B,)"""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+
+
+def quantise(z):
+    """The sign of every channel, zero giving -1; any shape."""
+    return torch.where(z > 0, 1.0, -1.0)
+
+
+def quantiser_losses(z, codebook, all_mean=lambda q: q):
+    """Commitment loss, per-sample entropy and average entropy of the lookup-free quantiser.   [MaskBit]
+
+    z (B, K, h, w), codebook (2^K, K) -> three scalars; the training loss is
+    commitment + 0.02 * (per_sample - average). all_mean averages q, the codes' use, over ranks.
+    """
+    commitment = 0.25 * (quantise(z) - z).square().mean()
+    logits = 2 * z.float().movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01                     # (B h w, 2^K)
+    p = logits.softmax(-1)
+    q = all_mean(p.mean(0))
+    per_sample = -(p * p.clamp(min=1e-5).log()).sum(-1).mean()
+    return commitment, per_sample, -(q * q.clamp(min=1e-5).log()).sum()
+
+
+def bits_to_codes(bits):
+    """bits (..., e) in {-1, +1} -> int64 (...), the first least significant.   [MaskBit]"""
+    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+def codes_to_bits(codes, e):
+    """Codes of e bits each, least significant first, as -1/+1; the mask code 2^e gives zeros.   [MaskBit]
+
+    codes (B, N, S) int in 0..2^e -> (B, N, S * e) float.
+    """
+    bits = (codes[..., None] >> torch.arange(e, device=codes.device) & 1).float() * 2 - 1
+    return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
+
+
+# ------------------------------------------------------------------ Eqs. (8) to (12)
 
 def check_mask(m, *tensors):
     """ValueError unless m is (B, N) bool and every tensor is (B, N, d) with one common d."""
@@ -93,20 +141,6 @@ def sample_codes(logits, u):
     return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
 
-def bits_to_codes(bits):
-    """bits (..., e) in {-1, +1} -> int64 (...), the first least significant.   [MaskBit]"""
-    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
-
-
-def codes_to_bits(codes, e):
-    """Codes of e bits each, least significant first, as -1/+1; the mask code 2^e gives zeros.   [MaskBit]
-
-    codes (B, N, S) int in 0..2^e -> (B, N, S * e) float.
-    """
-    bits = (codes[..., None] >> torch.arange(e, device=codes.device) & 1).float() * 2 - 1
-    return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
-
-
 def predict_masked(g_M, x_d, m, y, u):
     """Eqs. (10), (11): x_hat = g_M(x_d'), generated where m^i = 1, equal to x_d elsewhere.   [paper 3.4]
 
@@ -136,3 +170,21 @@ def ti_mix(x_d, x_hat, m, rho, lam):
 def ti_lambda(step, steps):
     """lambda falls linearly from 1 at step 0 to 0 at the last step.   [ours]; the paper says only that it falls."""
     return 1 - step / max(steps - 1, 1)
+
+
+# ------------------------------------------------------------------ Eq. (3)
+
+def training_mask(codes_shape, u_ratio, u_code):
+    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
+
+    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
+    """
+    return u_code.expand(codes_shape) < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
+
+
+def masked_loss(logits, codes):
+    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
+
+    logits (B, N, S, C), codes (B, N, S) int -> scalar.
+    """
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)

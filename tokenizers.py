@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
-from mixing import bits_to_codes, codes_to_bits
+from mixing import bits_to_codes, codes_to_bits, quantise, reparameterize
 
 # ------------------------------------------------------------------ files: saved whole or not at all; processes
 
@@ -184,16 +184,6 @@ class KLVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def reparameterize(mean, logvar, eps):
-    """A posterior sample from the given standard normal draw, all (B, z, h, w)."""
-    return mean + (0.5 * logvar).exp() * eps
-
-
-def kl_to_normal(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) summed over each image.   (B, z, h, w) -> (B,)"""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
-
-
 class BitVQ(nn.Module):
     """x_d = VQVAE(I) of Eq. (7): every token is `bits` signs, no codebook is learned.   [MaskBit]"""
 
@@ -213,25 +203,6 @@ class BitVQ(nn.Module):
     def decode(self, x_d):
         """bits (B, bits, h, w) in {-1, +1} -> images (B, 3, H, W), about [0, 1]."""
         return self.decoder(x_d)
-
-
-def quantise(z):
-    """The sign of every channel, zero giving -1; any shape."""
-    return torch.where(z > 0, 1.0, -1.0)
-
-
-def quantiser_losses(z, codebook, all_mean=lambda q: q):
-    """Commitment loss, per-sample entropy and average entropy of the lookup-free quantiser.   [MaskBit]
-
-    z (B, K, h, w), codebook (2^K, K) -> three scalars; the training loss is
-    commitment + 0.02 * (per_sample - average). all_mean averages q, the codes' use, over ranks.
-    """
-    commitment = 0.25 * (quantise(z) - z).square().mean()
-    logits = 2 * z.float().movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01                     # (B h w, 2^K)
-    p = logits.softmax(-1)
-    q = all_mean(p.mean(0))
-    per_sample = -(p * p.clamp(min=1e-5).log()).sum(-1).mean()
-    return commitment, per_sample, -(q * q.clamp(min=1e-5).log()).sum()
 
 
 # ------------------------------------------------------------------ images

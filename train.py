@@ -76,25 +76,25 @@ def prior_loss(model, batch, draw, step, label_drop=0.1):
     """Eq. (3): predict the codes behind a random mask."""
     _, _, x_d, y = batch
     codes = mixing.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
-    mask = backbone.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
+    mask = mixing.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
     x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
-    return backbone.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
+    return mixing.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
 
 
 def vae_loss(model, batch, draw, step):
     """Reconstruction (MSE) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
     x = batch[0] * 2 - 1
     mean, logvar = (a.float() for a in model.encode(x))
-    y = model.decode(tokenizers.reparameterize(mean, logvar, draw(torch.randn, *mean.shape[1:])))
-    return (x - y).square().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+    y = model.decode(mixing.reparameterize(mean, logvar, draw(torch.randn, *mean.shape[1:])))
+    return (x - y).square().mean() + 1e-4 * mixing.kl_to_normal(mean, logvar).mean() / mean[0].numel()
 
 
 def vq_loss(model, batch, draw, step):
     """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit] without perceptual and GAN terms"""
     x = batch[0]
     z = model.encode(x).float()
-    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight-through
-    commitment, per_sample, average = tokenizers.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
+    y = model.decode(z + (mixing.quantise(z) - z).detach())              # straight-through
+    commitment, per_sample, average = mixing.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
     return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
 
 
@@ -338,7 +338,7 @@ def train_tokenizer(args, shared, kind, source):
     @torch.no_grad()
     def preview(ema, step):
         x = torch.tensor(pixels[readable[:10]]).to(args.device).float() / 255
-        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
+        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(mixing.quantise(ema.encode(x))) * 2 - 1
         sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
     fit(args, kind, shared / kind, model, config, vae_loss if kind == "vae" else vq_loss, len(readable), get_batch, preview)

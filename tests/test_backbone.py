@@ -468,16 +468,16 @@ def test_prior_leaves_its_inputs_unchanged(bit):
 
 def test_golden_training_mask(bit):
     """Which codes MaskBit's training hides, given its uniform draws."""
-    mask = backbone.training_mask(bit["trainmask_tokens"].shape, bit["trainmask_u_ratio"], bit["trainmask_u_token"])
+    mask = mixing.training_mask(bit["trainmask_tokens"].shape, bit["trainmask_u_ratio"], bit["trainmask_u_token"])
     assert torch.equal(mask, bit["trainmask_mask"])
     assert torch.equal(torch.where(mask, 8, bit["trainmask_tokens"]), bit["trainmask_masked"])
 
 
 def test_golden_masked_loss(bit):
     """Eq. (3) as MaskBit trains it, and three of its gradients."""
-    assert golden.difference(backbone.masked_loss(bit["logits_post"], bit["tokens"]), bit["mlm_loss"]) < 1e-5
+    assert golden.difference(mixing.masked_loss(bit["logits_post"], bit["tokens"]), bit["mlm_loss"]) < 1e-5
     model = tiny_prior(False)
-    backbone.masked_loss(model(bit["input_bits"], bit["labels"], bit["drop_mask"]), bit["tokens"]).backward()
+    mixing.masked_loss(model(bit["input_bits"], bit["labels"], bit["drop_mask"]), bit["tokens"]).backward()
     for p, name in ((model.input_proj.weight, "input_proj"), (model.pos_emb, "pos_emb"), (model.prediction_layer.bias, "prediction_bias")):
         assert golden.difference(p.grad, bit[f"mlm_grad_{name}"]) < 1e-5, name
 

@@ -6,8 +6,8 @@ from PIL import Image
 from torch import nn
 
 import golden
-import sample
 import mixing
+import sample
 import tokenizers
 
 # ------------------------------------------------------------------ x_c = VAE(I): VA-VAE, KL-16
@@ -53,8 +53,8 @@ def test_golden_vae_norms(va, probe):
 
 def test_golden_posterior(va):
     """A sample from the posterior with given noise, and its KL to the standard normal per picture."""
-    assert golden.difference(tokenizers.reparameterize(va["mean"], va["logvar"], va["eps"]), va["sample"]) < 2e-5
-    assert golden.difference(tokenizers.kl_to_normal(va["mean"], va["logvar"]), va["kl"]) < 2e-5
+    assert golden.difference(mixing.reparameterize(va["mean"], va["logvar"], va["eps"]), va["sample"]) < 2e-5
+    assert golden.difference(mixing.kl_to_normal(va["mean"], va["logvar"]), va["kl"]) < 2e-5
 
 
 @torch.no_grad()
@@ -86,14 +86,14 @@ def test_golden_vq_encoder(bit):
     z = vq.encode(bit["image"])
     assert golden.difference(z, bit["z"]) < 1e-5
     assert golden.difference(vq.encode(bit["odd_image"]), bit["odd_z"]) < 1e-5
-    x_d = tokenizers.quantise(z)
+    x_d = mixing.quantise(z)
     assert torch.equal(x_d, bit["bits"])
     assert torch.equal(mixing.bits_to_codes(x_d.movedim(1, -1)), bit["indices"])
 
 
 def test_golden_vq_zero_is_a_minus(bit):
     """z exactly 0 gives the bit -1."""
-    x_d = tokenizers.quantise(torch.zeros(1, 6))
+    x_d = mixing.quantise(torch.zeros(1, 6))
     assert x_d[0].tolist() == bit["zero_bits"].tolist() and mixing.bits_to_codes(x_d).tolist() == bit["zero_index"].tolist()
 
 
@@ -118,7 +118,7 @@ def test_golden_vq_norms(bit, probe):
 def test_golden_quantiser_losses(bit, name):
     """Commitment and the two entropies, for large and for small z, and the gradient of their sum."""
     z = bit[f"train_{name}_input"].requires_grad_()
-    commitment, per_sample, average = tokenizers.quantiser_losses(z, tiny_vq().quantize.codebook)
+    commitment, per_sample, average = mixing.quantiser_losses(z, tiny_vq().quantize.codebook)
     total = commitment + 0.02 * (per_sample - average)
     total.backward()
     for found, what in ((commitment, "commitment_loss"), (per_sample, "per_sample_entropy"), (average, "avg_entropy"),
@@ -129,7 +129,7 @@ def test_golden_quantiser_losses(bit, name):
 
 def test_golden_commitment_loss(bit):
     """In evaluation only the commitment loss counts."""
-    commitment, _, _ = tokenizers.quantiser_losses(bit["z"], tiny_vq().quantize.codebook)
+    commitment, _, _ = mixing.quantiser_losses(bit["z"], tiny_vq().quantize.codebook)
     assert golden.difference(commitment, bit["eval_commitment_loss"]) < 1e-4
 
 
