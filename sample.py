@@ -279,7 +279,7 @@ class System:
     def encode_discrete(self, pictures):
         """uint8 (B, 3, H, W) -> bits (B, N, d_d)"""
         x = torch.as_tensor(pictures).to(self.device).float() / 255
-        return tokenizers.quantise(self.vq.encode(x)).flatten(2).transpose(1, 2)
+        return mixing.quantise(self.vq.encode(x)).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode_discrete(self, x_d):
