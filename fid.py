@@ -497,6 +497,8 @@ def main(argv=None):
         report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
         text = json.dumps(report, indent=1)
         tokenizers.write_whole(args.json, lambda file: file.write(text.encode())) if args.json else print(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
