@@ -31,9 +31,10 @@ RESULTS = ROOT / "assets" / "findings.json"
 FASHION = "/usr/share/datasets/fashion-mnist"                                # Debian's package dataset-fashion-mnist
 METHODS = ("none", "dcmix", "dcsa", "dcca")
 AR_STEPS, DIFFUSION_STEPS, ANNEALED = (1, 2, 4, 8, 16, 32, 64), (5, 10, 15, 25, 50, 100), ("15:5", "25:10", "50:10")
-# guidance and temperature, chosen for each method on 1,000 validation pictures (of shapes, of fashion-mnist's train split), seed 0; else the run's
+# guidance and temperature chosen for each method, the numbers of steps for dcmix, all on validation pictures (of shapes, of fashion-mnist's train split), seed 0
 SETTINGS = {"shapes": dict(none="--cfg 2.5 --temperature 0.5", guided="--prior-cfg 1 --cfg 2.5 --temperature 0.5", discrete="--prior-cfg 3"),
             "fashion-mnist": dict(none="--cfg 9 --temperature 0.75", guided="--prior-cfg 3 --cfg 6 --temperature 0.75", discrete="--prior-cfg 9")}
+STEPS = "--ar-steps 8 --diffusion-steps 10 --prior-steps 16"                 # today's defaults; runs carry those of their day
 COUNT, FEW, FEWEST = 10_000, 2000, 1000                                     # samples a row of Table 1, of Fig. 8, of the sweeps
 LONGER = 600                                                                 # steps of Fig. 8 beyond the dcmix checkpoint
 
@@ -47,7 +48,8 @@ def plan(data, seed):
 
     def score(key, run, count, *more):
         kind = "discrete" if "discrete" in more else "none" if run == "none" else "guided"
-        steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features, *SETTINGS[data][kind].split(), *more]))
+        steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features,
+                            *f"{SETTINGS[data][kind]} {STEPS}".split(), *more]))
 
     steps = []
     for guidance in METHODS:
@@ -104,7 +106,7 @@ def time_methods(data, seed):
     for guidance in METHODS:
         start, runs, out = time.time(), f"runs{seed}", f"runs{seed}/{data}-{guidance}"
         train = next(command for key, command in plan(data, seed) if key == f"train {guidance}") + ["--steps", "150", "--out", f"{out}-timed"]
-        draw = ["sample.py", out, "--count", "240", "--batch-size", "240", "--out", f"{runs}/timed.npz", *SETTINGS[data]["none" if guidance == "none" else "guided"].split()]
+        draw = ["sample.py", out, "--count", "240", "--batch-size", "240", "--out", f"{runs}/timed.npz", *f"{SETTINGS[data]['none' if guidance == 'none' else 'guided']} {STEPS}".split()]
         shutil.rmtree(ROOT / f"{out}-timed", ignore_errors=True)
         subprocess.run([sys.executable, *train], cwd=ROOT, check=True)
         said = subprocess.run([sys.executable, *draw], cwd=ROOT, check=True, capture_output=True, text=True).stdout
