@@ -41,8 +41,9 @@ LONGER = 600                                                                 # s
 
 def plan(data, seed):
     """Every command for one data set and seed, in order -> list of (key, arguments); trainings have the key "train ..."."""
-    runs, given = f"runs{seed}", [] if data == "shapes" else ["--data", FASHION, "--images", "20000"]
+    runs, given, steps = f"runs{seed}", [] if data == "shapes" else ["--data", FASHION, "--images", "20000"], []
     source, features = given[1] if given else data, ["--features", f"runs0/{data}/classifier.pt"]
+
     def train(key, guidance, *more, program="train.py"):
         steps.append((f"train {key}", [program, *given, "--guidance", guidance, "--seed", str(seed), "--runs", runs, "--sample-every", "0", *more]))
 
@@ -51,7 +52,6 @@ def plan(data, seed):
         steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features,
                             *f"{SETTINGS[data][kind]} {STEPS}".split(), *more]))
 
-    steps = []
     for guidance in METHODS:
         train(guidance, guidance)
     for name, more in (("longer", []), ("ti", ["--ti-mix"])):                # Fig. 8
@@ -164,9 +164,9 @@ def cell(numbers, digits=2):
     return f"{np.mean(numbers):.{digits}f}{spread}"
 
 
-def markdown(head, rows):
-    """A table without the rows that have no number yet."""
-    rows = [row for row in rows if any(row[1:])]
+def markdown(head, rows, constants=0):
+    """A table without the rows that have no number yet; the last `constants` columns are known beforehand."""
+    rows = [row for row in rows if any(row[1:len(row) - constants])]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
@@ -176,10 +176,10 @@ def tables(entries):
     sweep = lambda keys: [cell(found(entries, d, key)) for key in keys]
     return {
         "Table 1": markdown(["", *(f"{d} {v}" for d in DATA for v in ("FD", "CS")), "parameters"],
-                            [[label, *cells(key, place, "FD", "CS"), parameters] for label, key, place, parameters in TABLE_1]),
-        "Table 2": markdown(["", *(f"{d}, {x}" for d in DATA for x in ("s/image", "s/epoch")), "parameters", "tokens"],
-                            [[name, *(cell(found(entries, d, f"time {name}", 0, x), digits) for d in DATA for x, digits in (("image", 4), ("epoch", 1))),
-                              f"{millions}M", str(tokens)] for name, millions, tokens in TABLE_2]),
+                            [[label, *cells(key, place, "FD", "CS"), parameters] for label, key, place, parameters in TABLE_1], 1),
+        "Table 2": markdown(["", "s/image", "s/epoch", "parameters", "tokens"],
+                            [[name, *(cell(found(entries, "shapes", f"time {name}", 0, x), digits) for x, digits in (("image", 4), ("epoch", 1))),
+                              f"{millions:.2f}M", str(tokens)] for name, millions, tokens in TABLE_2], 2),
         "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in DATA)],
                              [[label, *cells(f"{key} few"), *cells(f"{key} truth")] for label, key in FIGURE_8]),
         "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)] for d in DATA for run in ("none", "dcmix")]),
