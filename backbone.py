@@ -1,4 +1,4 @@
-"""The two masked transformers: Eqs. (1) to (4) and (6), sections 3.1 to 3.3 of the paper.
+"""The two masked transformers: Eqs. (3), (4) and (6), sections 3.1 to 3.3 of the paper.
 
 `MaskBitPrior` is p_phi(X_d) and g_M: MaskBit's generator, Eqs. (3) and (4) on bit tokens.
 `MAR` is p_theta(X_c | X_d), Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9),

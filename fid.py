@@ -1,4 +1,4 @@
-"""How far pictures are from a reference: FID, inception score, KID, of samples and of reconstructions. Section 4, Tables 1 to 3.
+"""How far pictures are from a reference: FID, inception score, KID, of samples and of reconstructions. Section 4, Tables 1 and 2.
 
 `frechet_distance`, `inception_score` and `kernel_distance` are the measures, of features by `Inception`, whose distance is FID,
 or by a small classifier trained on the data set, whose distance is never called FID; `measure` streams a run, a folder, an npz
@@ -332,10 +332,12 @@ def open_pictures(what, count, size, args, run=None):
     if run:
         source = SimpleNamespace(read=lambda i: None, labels=np.arange(count) % len(run.meta["classes"]))
         if args.truth:
-            source, note["split"] = open_data(run.meta["data"], run.size, None)
+            source, note["split"] = open_data(run.meta["data"], run.size, count)
             held_out = len(source.labels) if note["split"] == "held out" else 0
             if count > held_out:
                 raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
+            if source.classes != run.meta["classes"]:
+                raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
         steps.append(partial(draw, run, source.labels, args))
         note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", *sample.PARTS)}
         note |= dict(step=run.step, settings=run.settings)
@@ -351,7 +353,7 @@ def draw(run, labels, args, numbers, pictures):
     """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
     y = torch.tensor(labels[numbers], device=run.device)
     x_d = run.encode_discrete(fit(pictures, run.size)) if args.truth else None
-    return run.draw(args.seed, numbers, y, run.settings, args.decode, args.amp, x_d)[0].cpu().numpy()
+    return run.draw(args.seed, numbers, y, run.settings, args.decode, x_d)[0].cpu().numpy()
 
 
 def reconstruct(run, tokenizer, numbers, pictures):
@@ -434,7 +436,7 @@ def parse(argv=None):
                    "trained if missing; or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="how Inception's input is resized (default: %(default)s)")
     p.add_argument("--size", type=int, help="side to which pictures are cropped before Inception (default: the run's)")
-    p.add_argument("--count", type=int, help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
+    p.add_argument("--count", type=sample.positive, help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
@@ -450,8 +452,10 @@ def evaluate(args):
     saved = {what: found for what in (A, B) if what and (found := load_statistics(what))}
     if args.truth and not (run and run.meta["data"]):
         raise SystemExit(f"--truth takes X_d from the data set of a run, and {A} names none")
-    if args.rfd and A not in runs:
-        raise SystemExit(f"--rfd reconstructs by the tokenizers of a run, and {A} is none")
+    if args.rfd and not (A in runs and B):
+        raise SystemExit(f"--rfd reconstructs B by the tokenizers of a run A; A is {A}, B {B}")
+    if args.kid and not B:
+        raise SystemExit("--kid needs something to compare with; give B")
     if saved and (args.kid or args.rfd):
         raise SystemExit(f"--kid and --rfd need single pictures, and {next(iter(saved))} holds statistics")
     if world()[0] > 0:                                                       # process 0 fetches or trains, the others then read
@@ -484,9 +488,9 @@ def evaluate(args):
 
 def main(argv=None):
     args, start = parse(argv), time.time()
+    args.device = sample.on_device(args.device)
     sample.keep_memory()
     if "LOCAL_RANK" in os.environ:                                           # started by torchrun
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         dist.init_process_group("gloo", timeout=timedelta(days=1))           # only statistics travel: gloo serves GPUs too
     torch.backends.cudnn.allow_tf32 = False                                  # features are fp32 on every device
     if report := evaluate(args):

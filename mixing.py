@@ -174,12 +174,12 @@ def ti_lambda(step, steps):
 
 # ------------------------------------------------------------------ Eq. (3)
 
-def training_mask(codes_shape, u_ratio, u_code):
+def training_mask(u_ratio, u_code):
     """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
 
     u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
     """
-    return u_code.expand(codes_shape) < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
+    return u_code < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
 
 
 def masked_loss(logits, codes):

@@ -93,7 +93,6 @@ def load_model(path, kind, weights="ema"):
 
 # ------------------------------------------------------------------ random numbers and precision
 
-
 class Draws:
     """Random numbers of each image of a batch, a function of (seed, image index, stream)."""
 
@@ -118,11 +117,18 @@ class Draws:
 
 
 def autocast(amp, device):
-    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 matrix units, else fp32."""
+    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 instructions, else fp32."""
     if amp == "auto":
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         amp = "bf16" if fast else "fp32"
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "fp32" else nullcontext()
+
+
+def on_device(device):
+    """"cuda" made the GPU of this process. SystemExit where there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: this machine has no CUDA device; use --device cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
 def keep_memory():
@@ -133,7 +139,6 @@ def keep_memory():
 
 
 # ------------------------------------------------------------------ X_d ~ p_phi(X_d)
-
 
 def prior_guidance(g, power, i, steps):
     """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
@@ -147,7 +152,7 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     y (B,) int; draw(logits (B, N, S, 2^e)) -> codes (B, N, S); gumbel() -> (B, N, S) Gumbel noise, scaled by
     `temperature`, that falls to 0. -> bits (B, N, S e) in {-1, +1}.
     """
-    B, N, S, e = len(y), prior.pos_emb.shape[1] - 1, prior.splits, prior.bits // prior.splits
+    B, N, S, e = len(y), prior.N, prior.splits, prior.bits // prior.splits
     codes = torch.full((B, N, S), 2 ** e, device=y.device)
     nobody = torch.zeros(B, dtype=torch.bool, device=y.device)
     for i in range(steps):
@@ -169,7 +174,6 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
 
 
 # ------------------------------------------------------------------ X_c ~ p_theta(X_c | X_d)
-
 
 def hidden_after(s, steps, N, hidden):
     """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
@@ -200,13 +204,10 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         hidden = left
         if on_step:
             on_step(mixing.hide(order, hidden))
-        if hidden == 0:
-            break
     return x_c
 
 
 # ------------------------------------------------------------------ a run: prior, MixAR, tokenizers
-
 
 def to_bytes(x):
     """Pictures in [-1, 1] to uint8, rounded half to even.   [MAR]"""
@@ -228,15 +229,14 @@ def same_size(path, **sizes):
 class System:
     """Everything `run` (a run folder, its checkpoint or an official MAR file) needs to draw pictures.
 
-    vae, vq, prior: files instead of those the run names; an official MAR names none and needs only a vae.
-    SystemExit if a part is missing or foreign.
+    vae, vq, prior: files instead of those the run names; an official MAR names none and needs only a vae. model: instead of the
+    checkpoint's. Transformers compute in `amp`, tokenizers in fp32. SystemExit if a part is missing or foreign.
     """
 
-    def __init__(self, run, device="cpu", weights="ema", model=None, **given):
+    def __init__(self, run, device="cpu", weights="ema", amp="auto", model=None, **given):
         path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
-        loaded, checkpoint = load_model(path, "mixar", weights)
-        self.model = loaded if model is None else model
-        self.meta, self.device, self.step = checkpoint["meta"], torch.device(device), checkpoint["step"]
+        self.model, checkpoint = (model, load_checkpoint(path, "mixar")) if model is not None else load_model(path, "mixar", weights)
+        self.meta, self.device, self.step, self.amp = checkpoint["meta"], torch.device(device), checkpoint["step"], amp
         self.shared = path.parent / self.meta["shared"]
         for kind in PARTS:
             file, expected = self.meta["files"].get(kind, (None, None))
@@ -264,16 +264,18 @@ class System:
         if not self.prior:
             return None
         draws, shape = Draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
-        return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, draws.uniform(*shape)), lambda: draws.gumbel(*shape),
-                            settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
+        with autocast(self.amp, self.device):
+            return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, draws.uniform(*shape)), lambda: draws.gumbel(*shape),
+                                settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
 
     def draw_continuous(self, seed, indices, y, x_d, settings, on_step=None):
         """X_c given X_d -> (B, N, d_c), normalised."""
         draws, C = Draws(seed, indices, 1, self.device), self.model.d_c
         order = draws.order(self.model.N)
         noise = lambda now, n: draws.normal(n, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
-        return generate(self.model, x_d, y, order, noise, settings["ar_steps"], settings["diffusion_steps"], settings["cfg"], settings["cfg_schedule"],
-                        settings["temperature"], settings["bound"], on_step)
+        with autocast(self.amp, self.device):
+            return generate(self.model, x_d, y, order, noise, settings["ar_steps"], settings["diffusion_steps"], settings["cfg"], settings["cfg_schedule"],
+                            settings["temperature"], settings["bound"], on_step)
 
     @torch.no_grad()
     def encode_discrete(self, pictures):
@@ -293,24 +295,23 @@ class System:
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)."""
         return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
 
-    def draw(self, seed, indices, y, settings, decode="continuous", amp="auto", x_d=None):
+    def draw(self, seed, indices, y, settings, decode="continuous", x_d=None):
         """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W), seconds in the prior.
 
         x_d (B, N, d_d): bits to take instead of the prior's.
         """
         start = time.time()
-        with autocast(amp, self.device):
-            if x_d is None and (decode == "discrete" or self.model.guidance != "none"):          # plain MAR does without X_d
-                x_d = self.draw_discrete(seed, indices, y, settings)
-            seconds = time.time() - start
-            if decode == "discrete":
-                return self.decode_discrete(x_d), seconds
-            return self.decode_continuous(self.draw_continuous(seed, indices, y, x_d, settings)), seconds
+        if x_d is None and (decode == "discrete" or self.model.guidance != "none"):              # plain MAR does without X_d
+            x_d = self.draw_discrete(seed, indices, y, settings)
+        seconds = time.time() - start
+        if decode == "discrete":
+            return self.decode_discrete(x_d), seconds
+        return self.decode_continuous(self.draw_continuous(seed, indices, y, x_d, settings)), seconds
 
 
 def open_run(run, args):
     """The System of `run` with the parts and the `settings` of its samples that add_options gave, by default its own."""
-    system = System(run, args.device, args.weights, **{kind: getattr(args, kind) for kind in PARTS})
+    system = System(run, args.device, args.weights, args.amp, **{kind: getattr(args, kind) for kind in PARTS})
     system.settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
     return system
 
@@ -328,13 +329,12 @@ def save_grid(images, path, columns):
     tokenizers.write_whole(path, lambda file: picture.save(file, "png"))
 
 
-def draw_figures(system, folder, step, seed, amp, rows=8, columns=10):
+def draw_figures(system, folder, seed, rows=8, columns=10):
     """samples.png (a column per class) and compare.png, in the manner of Fig. 2: X_d decoded above, MixAR from the same X_d below."""
     indices = np.arange(rows * columns)
     y = torch.tensor(indices % columns % len(system.meta["classes"]), device=system.device)
-    with autocast(amp, system.device):
-        x_d = system.draw_discrete(seed, indices, y, system.meta["sampling"])
-        x_c = system.draw_continuous(seed, indices, y, x_d, system.meta["sampling"])
+    x_d = system.draw_discrete(seed, indices, y, system.meta["sampling"])
+    x_c = system.draw_continuous(seed, indices, y, x_d, system.meta["sampling"])
     mixed, discrete = system.decode_continuous(x_c), system.decode_discrete(x_d)
     save_grid(mixed, Path(folder) / "samples.png", columns)
     save_grid(torch.cat([discrete[:10], mixed[:10], discrete[10:20], mixed[10:20]]), Path(folder) / "compare.png", columns)
@@ -371,7 +371,7 @@ def draw_pngs(system, folder, labels, settings, args, rank, ranks):
     for k in range(0, len(missing), args.batch_size):
         indices, start = missing[k:k + args.batch_size], time.time()
         y = torch.tensor([labels[i] for i in indices], device=system.device)
-        pictures, prior = system.draw(args.seed, indices, y, settings, args.decode, args.amp)
+        pictures, prior = system.draw(args.seed, indices, y, settings, args.decode)
         prior_seconds += prior
         pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
         seconds += time.time() - start
@@ -388,29 +388,37 @@ def gather(folder, count, out, columns):
     if out.suffix == ".npz":
         tokenizers.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
     else:
-        columns = min(columns, count)
         empty = np.zeros((-count % columns, *pictures.shape[1:]), np.uint8)
         save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
 
 
+def positive(text):
+    """The argparse type of a number of pictures or steps."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def steps(text):
-    """"25" -> 25, "40:10" -> [40, 10]."""
-    numbers = [int(number) for number in text.split(":")]
-    return numbers[0] if len(numbers) == 1 else numbers
+    """"25" -> 25, "40:10" -> [40, 10]; the diffusion process needs 2."""
+    first, *last = [int(number) for number in text.split(":")]
+    if min([first, *last]) < 2 or len(last) > 1:
+        raise ValueError
+    return [first, *last] if last else first
 
 
 def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
     p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=80, help="images at once in each process (default: %(default)s)")
+    p.add_argument("--batch-size", type=positive, default=80, help="images at once in each process (default: %(default)s)")
     for kind, text in zip(PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
         p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
-    for name, kind, text in (("ar-steps", int, "AR steps of MixAR, Eq. 6"),
+    for name, kind, text in (("ar-steps", positive, "AR steps of MixAR, Eq. 6"),
                              ("diffusion-steps", steps, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
                              ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
-                             ("prior-steps", int, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
+                             ("prior-steps", positive, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
                              ("prior-temperature", float, "randomness of which codes the prior keeps")):
         p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
     p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
@@ -423,7 +431,7 @@ def parse(argv=None):
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
-    p.add_argument("--count", type=int, default=80, help="number of images")
+    p.add_argument("--count", type=positive, default=80, help="number of images")
     add_options(p)
     return p.parse_args(argv)
 
@@ -432,16 +440,17 @@ def main(argv=None):
     args = parse(argv)
     keep_memory()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
+    args.device = on_device(args.device)
     system = open_run(args.run, args)
     settings, given = system.settings, {kind: getattr(args, kind) for kind in PARTS}
     chosen = wanted_classes(args.classes, system.meta["classes"])
     labels = [chosen[i % len(chosen)] for i in range(args.count)]
     run_folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    out, columns = Path(args.out) if args.out else run_folder / "grid.png", min(len(chosen), 10) if len(chosen) > 1 else 10
+    out, columns = Path(args.out) if args.out else run_folder / "grid.png", min(len(chosen) if len(chosen) > 1 else 10, 10, args.count)
     if out.suffix == ".gif":
-        with autocast(args.amp, system.device):
-            fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
+        if args.decode == "discrete":
+            raise SystemExit(f"--out {out}: a gif shows discrete tokens giving way to continuous ones; leave out --decode discrete")
+        fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
         print(out)
         return
     folder = out.with_name(out.name + ".parts") if out.suffix in (".png", ".npz") else out
@@ -455,7 +464,7 @@ def main(argv=None):
         print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "
               f"{args.device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
     if rank == 0 and folder != out:
-        while len(list(folder.glob("*.png"))) < args.count:                  # the other processes are still drawing
+        while not all((folder / f"{i:06d}.png").is_file() for i in range(args.count)):           # the other processes are still drawing
             time.sleep(0.2)
         gather(folder, args.count, out, columns)
         shutil.rmtree(folder)

@@ -381,7 +381,7 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
     starts = tqdm(range(rank * batch, n, ranks * batch), f"{folder.name:6}", unit="img", unit_scale=ranks * batch, disable=rank > 0)
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks)) as threads:
         for start in starts:
-            rows = start + np.flatnonzero(files["status"][start:start + batch] == 0)
+            rows = start + np.flatnonzero(files["status"][start:start + batch] != 1)
             pictures = list(threads.map(source.read, rows))
             good = np.array([not isinstance(picture, str) for picture in pictures], bool)
             if good.any():
@@ -389,6 +389,8 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
                     files[name][rows[good]] = value
             files["status"][rows] = np.where(good, 1, 2)                     # last, when the rows themselves are there
     barrier()
+    if (files["status"] == 0).any():
+        raise SystemExit(f"{folder}: another program was filling it, too; start again")
     skipped = [source.read(i) for i in np.flatnonzero(files["status"] == 2)]
     if len(skipped) == n:
         raise SystemExit(f"{made_from['data']}: none of its {n} pictures could be read")
@@ -441,13 +443,9 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     if world()[0] == 0 and "mean" not in meta:
         moments, rows = readable(folder, "moments")
         rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
-        random, total, n = torch.Generator().manual_seed(0), 0, len(rows) * h * h
-        for part in np.array_split(rows, -(-len(rows) // 500)):
-            mean, logvar = torch.tensor(moments[part, 0]).double().chunk(2, dim=1)
-            x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=random))
-            total = total + torch.stack([x_c, x_c.square()]).sum((1, 3, 4))  # (2, d_c)
-        mean = total[0] / n
-        std = ((total[1] - n * mean.square()) / (n - 1)).sqrt()
+        mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
+        x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+        std, mean = torch.std_mean(x_c, (0, 2, 3))                           # (d_c,)
         write_meta(folder, meta | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
     barrier()
 
@@ -466,10 +464,9 @@ class Tokens:
         self.n, self.labels, self.classes = len(self.rows), labels[self.rows], self.meta["classes"]
         self.mean, self.std = torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
 
-    def __getitem__(self, index):
-        """picture (B,) in 0..n-1, u (B,) in [0, 1): mirrored from 0.5 on -> mean, deviation (B, N, d_c), normalised, x_d (B, N, d_d), y (B,)."""
-        picture, u = index
-        rows, flip = self.rows[picture], (u * self.indices.shape[1]).astype(int)
+    def batch(self, picture, draw):
+        """picture (B,) in 0..n-1 -> mean, deviation (B, N, d_c), normalised, x_d (B, N, d_d), y (B,); mirrored where draw(torch.rand) (B,) is 0.5 or more."""
+        rows, flip = self.rows[picture], (draw(torch.rand).cpu().numpy() * self.indices.shape[1]).astype(int)
         mean, logvar = torch.tensor(self.moments[rows, flip]).float().flatten(2).transpose(1, 2).chunk(2, dim=2)
         x_d = codes_to_bits(torch.tensor(self.indices[rows, flip]).flatten(1)[..., None], self.meta["bits"])
         return (mean - self.mean) / self.std, (0.5 * logvar).exp() / self.std, x_d, torch.tensor(self.labels[picture])

@@ -76,7 +76,7 @@ def prior_loss(model, batch, draw, step, label_drop=0.1):
     """Eq. (3): predict the codes behind a random mask."""
     _, _, x_d, y = batch
     codes = mixing.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
-    mask = mixing.training_mask(codes.shape, draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
+    mask = mixing.training_mask(draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
     x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
     return mixing.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
 
@@ -131,7 +131,7 @@ def draw_batches(args, get_batch, n, B, step, parts):
     The order of the n pictures is a function of (seed, epoch); every epoch leaves out its last n mod B.
     """
     (rank, ranks), (epoch, k) = world(), divmod(step, max(n // B, 1))
-    torch.manual_seed(args.seed * 10_000_019 + step * ranks + rank)
+    torch.manual_seed(2 ** 31 + (args.seed * 10_000_019 + step) * ranks + rank)                  # apart from the seeds of `Draw`
     order = np.random.RandomState([args.seed, epoch]).permutation(n)
     rows = np.resize(order, max(n, B))[k * B:(k + 1) * B]
     draws = [Draw(args.seed, step, B, torch.device(args.device), part, parts) for part in range(parts)]
@@ -183,6 +183,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.file.flush()
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -213,7 +214,7 @@ class State:
     """
 
     def __init__(self, args, kind, folder, model, config, meta, init):
-        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"])
+        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"], tokens=meta.get("tokens"))
         self.about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
         self.path, self.step, self.ema_start, self.model = folder / "last.pt", 0, 0, model.to(args.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -232,7 +233,8 @@ class State:
         if resumed:
             self.step = saved["step"]
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:                                              # empty but after fp16
+                self.scaler.load_state_dict(saved["scaler"])
 
     def save(self):
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scaler")}
@@ -260,7 +262,7 @@ def update(args, ddp, model, optimizer, scaler, parts, step):
     taken = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())         # fp16's scaler leaves out overflows itself
     if taken:
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     return loss, norm, taken
 
 
@@ -312,12 +314,12 @@ def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, met
 
 # ------------------------------------------------------------------ the stages
 
-def done(path, kind):
-    """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a finished stage."""
+def done(path, kind, steps):
+    """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a stage with `steps` steps behind it (None: those it was begun for)."""
     if path.is_file() or not (path / "last.pt").is_file():
         return path.is_file()
     saved = sample.load_checkpoint(path / "last.pt", kind)
-    return saved["step"] >= saved["args"]["recipe"][kind]["steps"]
+    return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
 
 
 def train_tokenizer(args, shared, kind, source):
@@ -344,44 +346,40 @@ def train_tokenizer(args, shared, kind, source):
     fit(args, kind, shared / kind, model, config, vae_loss if kind == "vae" else vq_loss, len(readable), get_batch, preview)
 
 
-def token_batches(tokens):
-    """get_batch for the prior and MixAR: cached tokens, a random one of picture and mirror image."""
-    return lambda rows, draw: tokens[rows, draw(torch.rand).cpu().numpy()]
-
-
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
     torch.manual_seed(args.seed)
     loss = partial(prior_loss, label_drop=args.label_drop)
-    fit(args, "prior", shared / "prior", backbone.MaskBitPrior(**config), config, loss, tokens.n, token_batches(tokens))
+    fit(args, "prior", shared / "prior", backbone.MaskBitPrior(**config), config, loss, tokens.n, tokens.batch, meta=dict(tokens=tokens.meta["made_from"]))
 
 
 def train_mixar(args, shared, files, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
     N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
     config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
-    recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * (tokens.n // recipe["batch"])), 1))
+    recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * max(tokens.n // recipe["batch"], 1)), 1))
     torch.manual_seed(args.seed)
     try:
         model = backbone.MAR(**config)
     except ValueError as error:                                              # more bits than channels
         raise SystemExit(str(error)) from None
-    model.recompute, prior = args.checkpoint_activations, None
-    if args.ti_mix or args.prior:
-        prior = sample.load_model(files["prior"], "prior")[0]
-        sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
+    model.recompute = args.checkpoint_activations
+    prior, saved = sample.load_model(files["prior"], "prior")
+    sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
+    if not args.prior and saved["meta"].get("tokens") != tokens.meta["made_from"]:
+        raise SystemExit(f"{files['prior']} was trained on other tokens than those in {shared / 'tokens'}; remove it to train it again")
     marks = [*tokens.made_by, tokenizers.fingerprint(prior) if args.prior else None]
-    meta = dict(shared=os.path.relpath(shared, run), classes=tokens.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
+    meta = dict(tokens=tokens.meta["made_from"], shared=os.path.relpath(shared, run), classes=tokens.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
                 files={kind: (os.path.abspath(path) if getattr(args, kind) else os.path.relpath(path, run), mark) for (kind, path), mark in zip(files.items(), marks)},
                 data=tokens.meta["made_from"]["data"], sampling=backbone.sampling(args.preset, bits))
 
     def preview(ema, step):
-        system = sample.System(run, args.device, model=ema)
-        sample.draw_figures(system, run, step, seed=args.seed, amp=args.amp)
+        system = sample.System(run, args.device, amp=args.amp, model=ema)
+        sample.draw_figures(system, run, args.seed)
 
     loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
-    fit(args, "mixar", run, model, config, loss, tokens.n, token_batches(tokens), preview, meta, args.init)
+    fit(args, "mixar", run, model, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
 
 
 def parse(argv=None):
@@ -436,6 +434,12 @@ def settle(args):
             raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file"))
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
             raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
+    if args.ti_mix and args.guidance == "none":
+        raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
+    if args.mix_at == "encoder" and args.guidance != "dcmix":
+        raise SystemExit(f"--mix-at encoder is for --guidance dcmix, not {args.guidance}")
+    if not 0 <= args.min_mask <= 1:
+        raise SystemExit(f"--min-mask {args.min_mask} is not in [0, 1]")
     if args.mixar_steps and args.mixar_epochs:
         raise SystemExit("--steps and --epochs both set the length of stage mixar; give one of them")
     if args.mixar_epochs:
@@ -451,12 +455,9 @@ def settle(args):
 def main(argv=None):
     args = parse(argv)
     sample.keep_memory()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
+    args.device = sample.on_device(args.device)
     if "LOCAL_RANK" in os.environ:                                           # started by torchrun
-        cuda = args.device.startswith("cuda")
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if cuda := args.device.startswith("cuda"):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     rank, _ = world()
@@ -470,19 +471,18 @@ def main(argv=None):
     elif not shared.is_dir():
         raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
     for kind in ("vae", "vq"):
-        if args.stage == kind or wants(kind) and not done(files[kind], kind):
+        if args.stage == kind or wants(kind) and not done(files[kind], kind, getattr(args, f"{kind}_steps")):
             train_tokenizer(args, shared, kind, source)
     if args.stage in ("vae", "vq"):
         return
     vae, vq = (sample.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
     sample.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
     if wants("cache"):
-        with sample.autocast(args.amp, torch.device(args.device)):
-            tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+        tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
     if args.stage == "cache":
         return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
-    if args.stage == "prior" or wants("prior") and not done(files["prior"], "prior"):
+    if args.stage == "prior" or wants("prior") and not done(files["prior"], "prior", args.prior_steps):
         train_prior(args, shared, tokens)
     if wants("mixar"):
         train_mixar(args, shared, files, run, tokens)

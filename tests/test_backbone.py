@@ -468,7 +468,7 @@ def test_prior_leaves_its_inputs_unchanged(bit):
 
 def test_golden_training_mask(bit):
     """Which codes MaskBit's training hides, given its uniform draws."""
-    mask = mixing.training_mask(bit["trainmask_tokens"].shape, bit["trainmask_u_ratio"], bit["trainmask_u_token"])
+    mask = mixing.training_mask(bit["trainmask_u_ratio"], bit["trainmask_u_token"])
     assert torch.equal(mask, bit["trainmask_mask"])
     assert torch.equal(torch.where(mask, 8, bit["trainmask_tokens"]), bit["trainmask_masked"])
 
@@ -487,7 +487,7 @@ def test_golden_masked_loss(bit):
 class FixedPrior:
     """A prior of 16 tokens with given logits, other ones where the label is dropped."""
 
-    splits, bits, pos_emb = 2, 6, torch.zeros(1, 17, 1)
+    N, splits, bits = 16, 2, 6
 
     def __init__(self, bit):
         self.logits, self.free = bit["sampler_logits_cond"], bit["sampler_logits_uncond"]
@@ -524,7 +524,7 @@ def test_golden_prior_sampler(bit, name, steps, guidance):
 def test_golden_prior_schedule_of_512_codes(bit, steps):
     """How many of 256 x 2 codes are still masked before each step."""
     class Counting:
-        pos_emb, splits, bits = torch.zeros(1, 257, 1), 2, 14
+        N, splits, bits = 256, 2, 14
 
         def __call__(self, x, y):
             seen.append(int((x.unflatten(-1, (2, 7))[..., 0] == 0).sum()))
@@ -541,6 +541,21 @@ def test_golden_prior_guidance(bit, steps):
     """MaskBit's cosine guidance of power 3: 0 in the first step, never quite 5.8."""
     found = torch.tensor([sample.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
     assert golden.difference(found, bit[f"schedule_guidance_{steps}"]) < 1e-6
+
+
+def test_eq03_the_prior_learns_the_codes_behind_a_random_mask():
+    """Eq. (3): each code is hidden with probability acos(u) / (pi / 2), one u an image; cross-entropy smoothed by 0.1 over all codes."""
+    bit = golden.load("maskbit_generator_tiny")
+    test_golden_training_mask(bit)
+    test_golden_masked_loss(bit)
+
+
+def test_eq04_x_d_is_drawn_from_all_masked_keeping_the_most_certain_codes():
+    """Eq. (4): which codes each step fixes and hides again, with guidance and Gumbel noise that change over the steps."""
+    bit = golden.load("maskbit_generator_tiny")
+    for name, steps, guidance in (("fixed8", 8, 5.8), ("fixed8_gumbel", 8, 5.8), ("model8_gumbel", 8, 5.8)):
+        test_golden_prior_sampler(bit, name, steps, guidance)
+    test_golden_prior_guidance(bit, 8)
 
 
 def test_dropout_drops_the_share_p_and_keeps_the_mean():

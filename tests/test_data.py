@@ -93,6 +93,32 @@ def test_only_corrupt_pictures_is_an_error(tmp_path):
         tokenizers.cache_images(tmp_path / "out", tokenizers.open_source(str(tmp_path / "in"), "train", 32, None))
 
 
+def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
+    """An unreadable picture is tried again as long as the cache is not complete."""
+    source = shapes(20)
+    shipped = type(source).read
+    source.read = lambda i: "a broken disk" if i == 7 else shipped(source, i)
+    monkeypatch.setattr(tokenizers, "write_meta", lambda folder, meta: None if meta["complete"] else tokenizers.write_whole(
+        folder / "meta.json", lambda file: file.write(json.dumps(meta).encode())))
+    assert 7 not in tokenizers.cache_images(tmp_path, source)[1]
+    assert 7 in tokenizers.cache_images(tmp_path, shapes(20))[1]
+
+
+def test_two_programs_filling_one_cache_are_noticed(tmp_path):
+    """A second program begins the files anew while the first one is at it: the rows written before are gone."""
+    source = shapes(200)
+    shipped = type(source).read
+
+    def read(i):
+        if i == 150:
+            np.lib.format.open_memmap(tmp_path / "status.npy", "r+")[:] = 0
+        return shipped(source, i)
+    source.read = read
+    with pytest.raises(SystemExit, match="another program was filling it, too"):
+        tokenizers.cache_images(tmp_path, source)
+    assert len(tokenizers.cache_images(tmp_path, shapes(200))[1]) == 200
+
+
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
     with pytest.raises(SystemExit, match="empty: this class folder holds no pictures"):
@@ -154,7 +180,7 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
     assert tokens.n == 50 and tokens.labels.tolist() == source.labels.tolist() and tokens.classes == source.classes
-    mean, std, x_d, y = tokens[np.array([3, 44]), np.array([0.4, 0.5])]
+    mean, std, x_d, y = tokens.batch(np.array([3, 44]), lambda f: torch.tensor([0.4, 0.5]))
     x = torch.tensor(np.stack([source.read(3), source.read(44)])).float() / 255
     x[1] = x[1].flip(2)
     with torch.no_grad():
@@ -173,7 +199,7 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
     vae.quant_conv.bias.data[8:] = 1.0                                       # much posterior noise
     tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
-    mean, std, _, _ = tokens[np.arange(300), np.zeros(300)]
+    mean, std, _, _ = tokens.batch(np.arange(300), lambda f: torch.zeros(300))
     x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(x_c.mean((0, 1)), torch.zeros(8), atol=0.03)
     assert torch.allclose(x_c.std((0, 1)), torch.ones(8), atol=0.03)

@@ -418,12 +418,18 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     assert alone["frechet_distance"] == pytest.approx(reconstructed["frechet_distance"], rel=1e-6) and alone["truth"]
     args = fid.parse([str(world / RUN), "--truth", "--amp", "fp32"])
     pictures, (draw,), _ = fid.open_pictures(args.pictures, 200, SIZE, args, sample.open_run(args.pictures, args))
-    system, source = sample.System(world / RUN), tokenizers.open_source(str(world / "colours"), "test", SIZE, None)
+    system, source = sample.System(world / RUN, amp="fp32"), tokenizers.open_source(str(world / "colours"), "test", SIZE, 200)
     x_d = system.encode_discrete(np.stack([source.read(i) for i in range(200)]))
-    expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], amp="fp32", x_d=x_d)[0]
+    expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], x_d=x_d)[0]
     assert np.array_equal(draw(*map(list, zip(*pictures))), expected.numpy())
     with pytest.raises(SystemExit, match="--count 201 with --truth: .*colours holds out 200 pictures"):
         measured(RUN, "--truth", "--count", "201")
+    note = sample.open_run(args.pictures, args)
+    _, (draw,), _ = fid.open_pictures(args.pictures, 20, SIZE, args, note)
+    assert len(set(draw.args[1].tolist())) > 2, "few pictures of class folders are of all classes"
+    note.meta["classes"] = note.meta["classes"][::-1]
+    with pytest.raises(SystemExit, match="the held-out pictures have the classes"):
+        fid.open_pictures(args.pictures, 20, SIZE, args, note)
 
 
 def test_a_run_is_compared_with_the_held_out_pictures_of_its_data_by_default(world, measured):
@@ -496,7 +502,7 @@ def test_inception_takes_cropped_pictures(inception, released, measured, tmp_pat
     np.testing.assert_allclose(np.load(tmp_path / "s.npz")["mu"], found, rtol=1e-4, atol=1e-5)
     assert report["metric"] == "FID" and report["extractor"]["name"].endswith("resize of pytorch-fid") and report["results"][0]["kernel_distance"]["size"] == 3
     with pytest.raises(SystemExit, match="without a run need --size"):
-        measured(str(tmp_path / "large.npz"), *flags, features=False)
+        measured(str(tmp_path / "large.npz"), str(tmp_path / "large.npz"), *flags, features=False)
 
 
 # ------------------------------------------------------------------ several processes
@@ -632,7 +638,8 @@ def bad(world, folder):
             "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
             "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "wide.npz holds statistics"),
             "no run for --truth": (["flat", "flat", "--truth"], "--truth takes X_d from the data set of a run, and .*flat names none"),
-            "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs by the tokenizers of a run")}
+            "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs B by the tokenizers of a run A"),
+            "nothing to be near to": (["samples.npz", "--kid"], "--kid needs something to compare with")}
 
 
 def test_errors_are_one_line(world, measured, tmp_path):

@@ -326,7 +326,7 @@ def test_official_tokenizers_make_the_token_cache(tmp_path):
     train.main([*SMALL, *files, "--images", "8", "--runs", str(tmp_path), "--stage", "cache"])
     vae, vq = (sample.load_model(tmp_path / f"{kind}.pth", kind)[0] for kind in ("vae", "vq"))
     tokens = tokenizers.Tokens(tmp_path / "shapes" / "tokens", vae, vq)
-    mean, _, x_d, _ = tokens[np.array([0]), np.array([0.0])]
+    mean, _, x_d, _ = tokens.batch(np.array([0]), lambda f: torch.zeros(1))
     assert mean.shape == (1, 256, 4) and x_d.shape == (1, 256, 6)
 
 
@@ -438,7 +438,78 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(runs, tmp_pa
     assert all(torch.isfinite(v).all() for v in weights(out / "last.pt").values())
 
 
+def test_fp16_goes_on_after_a_loss_that_is_not_finite():
+    """The scaler is told of every step, also of those left out; a checkpoint of another precision has nothing for it."""
+    model = torch.nn.Linear(2, 1)
+    args, scaler = train.parse(["--amp", "fp16"]), torch.amp.GradScaler("cpu", init_scale=1024)
+    ddp = lambda batch, draw, step: (model(torch.ones(1, 2)) * batch).sum()
+    part = [(None, train.Draw(0, 0, 1, torch.device("cpu")))]
+    taken = []
+    for value in (1.0, float("nan"), 1.0):
+        parts = [(torch.tensor(value), part[0][1])]
+        taken.append(train.update(args, ddp, model, torch.optim.SGD(model.parameters(), 0.1), scaler, parts, 0)[2])
+    assert taken == [True, False, True] and scaler.get_scale() == 512
+
+
+def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
+    args = train.parse([])
+    log = train.Log(tmp_path, "mixar", 0, 20, 8, args)
+    for step in range(1, 11):
+        log.write(step, 1.0, 1e-3, 1.0)
+    train.Log(tmp_path, "mixar", 10, 20, 8, args)
+    assert [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["10"]
+
+
+def test_dropout_is_apart_from_the_noise_of_the_data():
+    args = train.parse(["--device", "cpu"])
+    (_, draw), = train.draw_batches(args, lambda rows, draw: (), 64, 8, 3, 1)
+    assert not torch.equal(torch.randn(8, 5), draw(torch.randn, 5))
+
+
+def test_models_of_other_tokens_are_not_gone_on_with(runs, tmp_path):
+    """Another bit tokenizer makes other tokens: neither the old prior nor the old MixAR fits them. A longer --vq-steps trains on."""
+    import shutil
+    shutil.copytree(runs, tmp_path / "runs")
+    more = ["--runs", str(tmp_path / "runs"), *SMALL, "--steps", "4"]
+    more[more.index("--vq-steps") + 1] = "3"
+    with pytest.raises(SystemExit, match="tokens was made from .* remove it"):
+        train.main(more)
+    shutil.rmtree(tmp_path / "runs" / "shapes" / "tokens")
+    with pytest.raises(SystemExit, match="prior was trained on other tokens .* remove it"):
+        train.main(more)
+    shutil.rmtree(tmp_path / "runs" / "shapes" / "prior")
+    with pytest.raises(SystemExit, match="shapes-dcmix/last.pt was made with .* not with"):
+        train.main(more)
+    shutil.rmtree(tmp_path / "runs" / "shapes" / "prior")
+    with pytest.raises(SystemExit, match="prior: no such file"):
+        train.main([*more, "--stage", "mixar", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
+    import shutil
+    shutil.copytree(runs / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("tokens", "prior"))
+    train.main(["--runs", str(tmp_path), *SMALL, "--amp", "bf16", "--stage", "cache"])
+    for name in ("moments", "indices"):
+        assert np.array_equal(np.load(tmp_path / "shapes" / "tokens" / f"{name}.npy"), np.load(runs / "shapes" / "tokens" / f"{name}.npy"))
+
+
+@pytest.mark.parametrize("flags, words", [(["--ti-mix", "--guidance", "none"], "--ti-mix mixes X_d"), (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder is for"),
+                                          (["--min-mask", "1.2"], "--min-mask 1.2 is not in")])
+def test_contradictions_are_one_line(flags, words):
+    with pytest.raises(SystemExit, match=words):
+        train.parse(flags)
+
+
 # ------------------------------------------------------------------ sampling
+
+@pytest.mark.parametrize("flags", [["--ar-steps", "0"], ["--prior-steps", "0"], ["--diffusion-steps", "1"], ["--diffusion-steps", "9:1"], ["--diffusion-steps", "9:5:2"],
+                                   ["--count", "0"], ["--batch-size", "-1"]], ids=" ".join)
+def test_numbers_that_draw_nothing_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["run", *flags])
+    assert f"argument {flags[0]}: invalid" in capsys.readouterr().err
+
 
 def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
     base = [str(runs / "shapes-dcmix"), "--count", "6", "--amp", "fp32", "--ar-steps", "4", "--diffusion-steps", "5", "--seed", "3"]
@@ -473,6 +544,10 @@ def test_png_gif_classes_and_the_time_line(runs, tmp_path, capsys):
     assert sample.wanted_classes("star,3", ["disc", "ring", "square", "triangle", "star"]) == [4, 3] and sample.wanted_classes("all", "abc") == [0, 1, 2]
     sample.main([*base, "--count", "10", "--out", str(tmp_path / "g.gif")])
     assert Image.open(tmp_path / "g.gif").n_frames == 4
+    sample.main([*base, "--count", "5", "--out", str(tmp_path / "five.gif")])
+    assert Image.open(tmp_path / "five.gif").size == (320, 64)
+    with pytest.raises(SystemExit, match="leave out --decode discrete"):
+        sample.main([*base, "--count", "5", "--decode", "discrete", "--out", str(tmp_path / "discrete.gif")])
     with pytest.raises(SystemExit, match="--classes zebra: unknown class"):
         sample.main([*base, "--classes", "zebra"])
 
