@@ -443,11 +443,9 @@ def test_fp16_goes_on_after_a_loss_that_is_not_finite():
     model = torch.nn.Linear(2, 1)
     args, scaler = train.parse(["--amp", "fp16"]), torch.amp.GradScaler("cpu", init_scale=1024)
     ddp = lambda batch, draw, step: (model(torch.ones(1, 2)) * batch).sum()
-    part = [(None, train.Draw(0, 0, 1, torch.device("cpu")))]
-    taken = []
+    draw, optimizer, taken = train.Draw(0, 0, 1, torch.device("cpu")), torch.optim.SGD(model.parameters(), 0.1), []
     for value in (1.0, float("nan"), 1.0):
-        parts = [(torch.tensor(value), part[0][1])]
-        taken.append(train.update(args, ddp, model, torch.optim.SGD(model.parameters(), 0.1), scaler, parts, 0)[2])
+        taken.append(train.update(args, ddp, model, optimizer, scaler, [(torch.tensor(value), draw)], 0)[2])
     assert taken == [True, False, True] and scaler.get_scale() == 512
 
 
@@ -456,8 +454,8 @@ def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
     log = train.Log(tmp_path, "mixar", 0, 20, 8, args)
     for step in range(1, 11):
         log.write(step, 1.0, 1e-3, 1.0)
-    train.Log(tmp_path, "mixar", 10, 20, 8, args)
-    assert [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["10"]
+    resumed = train.Log(tmp_path, "mixar", 10, 20, 8, args)
+    assert not resumed.file.closed and [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["10"]
 
 
 def test_dropout_is_apart_from_the_noise_of_the_data():
