@@ -429,7 +429,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
 
     Fills moments.npy (n, F, 2 d_c, h, w) and indices.npy (n, F, h, w), F = 1 or 2 with the mirror image. In meta.json: the
     tokenizers' fingerprints, mean and deviation per channel of posterior samples of up to 10,000 pictures [VA-VAE].
-    batch: pictures at once, by default a million pixels of them.
+    batch: pictures at once, by default half a million pixels of them.
     """
     def make(pictures):
         x = torch.tensor(pictures).to(device).float() / 255
@@ -439,7 +439,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
 
     folder, F, h, bits = Path(folder), 1 + source.mirror, source.size >> len(vae.encoder.down) - 1, vq.quantize.codebook.shape[1]
     arrays = {"moments": (np.float16, (F, 2 * vae.post_quant_conv.in_channels, h, h)), "indices": (np.int32, (F, h, h))}
-    meta = fill(folder, source, arrays, make, batch or 2 ** 20 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
+    meta = fill(folder, source, arrays, make, batch or 2 ** 19 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
     if world()[0] == 0 and "mean" not in meta:
         moments, rows = readable(folder, "moments")
         rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
