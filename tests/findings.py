@@ -174,7 +174,7 @@ def tables(entries):
     """The entries of assets/findings.json -> {name: a table of the README in markdown}."""
     cells = lambda key, place=0, *values: [cell(found(entries, d, key, place, value)) for d in DATA for value in values or ("FD",)]
     sweep = lambda keys: [cell(found(entries, d, key)) for key in keys]
-    return {
+    made = {
         "Table 1": markdown(["", *(f"{d} {v}" for d in DATA for v in ("FD", "CS")), "parameters"],
                             [[label, *cells(key, place, "FD", "CS"), parameters] for label, key, place, parameters in TABLE_1], 1),
         "Table 2": markdown(["", "s/image", "s/epoch", "parameters", "tokens"],
@@ -185,6 +185,7 @@ def tables(entries):
         "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)] for d in DATA for run in ("none", "dcmix")]),
         "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
                                     [[d, *(cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED))] for d in DATA])}
+    return {name: table for name, table in made.items() if table.count("\n") > 1}                # without those that have no row yet
 
 
 # ------------------------------------------------------------------ the README's plots
