@@ -40,6 +40,16 @@ PRESETS = {
 for _name, _cfg, _mar in (("large", 3.0, dict(D=1024, depth=16)), ("huge", 3.2, dict(D=1280, depth=20))):
     PRESETS[_name] = PRESETS["base"] | dict(mar=_mar | dict(heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1),
                                             sampling=PRESETS["base"]["sampling"] | dict(cfg=_cfg))
+# Length, batch, rates of each model; a warm-up below 1 is a share of the length.
+# tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
+LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
+RECIPES = {
+    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 prior=dict(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
+                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+    "base": LARGE, "large": LARGE, "huge": LARGE,
+}
 # the released generators' bits: guidance, its power, temperature; 64 steps                     [MaskBit]
 MASKBIT = {10: (6.4, 2.5, 10.5), 12: (7.1, 3.0, 8.2), 14: (7.1, 3.0, 7.8), 16: (6.5, 2.5, 7.5), 18: (5.7, 2.5, 8.5)}
 

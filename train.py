@@ -35,18 +35,6 @@ import sample
 import tokenizers
 from tokenizers import barrier, world
 
-# Length, batch, rates of each model; a warm-up below 1 is a share of the length.
-# tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
-LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
-RECIPES = {
-    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 prior=dict(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
-    "base": LARGE, "large": LARGE, "huge": LARGE,
-}
-
-
 # ------------------------------------------------------------------ the step of the paper
 
 def mixar_loss(model, batch, draw, step, prior, args):
@@ -391,7 +379,7 @@ def parse(argv=None):
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
     g.add_argument("--init", help="start from this MixAR checkpoint or run, as TI-Mix does from DC-Mix, section 4.3 [paper]")
     g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
-    g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see python backbone.py")
+    g.add_argument("--preset", default="tiny", choices=backbone.RECIPES, help="sizes, see python backbone.py")
     g.add_argument("--images", type=int, help="use at most this many pictures")
     for kind, official in (("vae", "VA-VAE or KL-16"), ("vq", "a MaskBit tokenizer"), ("prior", "a MaskBit generator")):
         g.add_argument(f"--{kind}", metavar="FILE", help=f"{official}, or a checkpoint of ours, instead of training stage {kind}")
@@ -427,7 +415,7 @@ def parse(argv=None):
 
 def settle(args):
     """Add `recipe`: each stage's length and rates, the preset's where no flag says otherwise. SystemExit on contradictions."""
-    args.recipe = copy.deepcopy(RECIPES[args.preset])
+    args.recipe = copy.deepcopy(backbone.RECIPES[args.preset])
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
         if given and (args.stage == kind or not Path(given).is_file()):

@@ -345,7 +345,7 @@ def test_larger_presets_follow_mars_recipe():
     assert smaller["lr"] == pytest.approx(2e-4) and smaller["steps"] == 70
     assert recipe("--preset", "base", *files, "--lr", "0.1", "--weight-decay", "0")["lr"] == 0.1
     assert recipe("--weight-decay", "0", "--warmup", "0")["decay"] == 0 and recipe("--warmup", "0")["warmup"] == 0
-    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == train.RECIPES["tiny"]["mixar"]["steps"]
+    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == backbone.RECIPES["tiny"]["mixar"]["steps"]
 
 
 def test_epochs_are_passes_over_the_pictures(runs, tmp_path):
