@@ -48,7 +48,7 @@ def plan(data, seed):
         steps.append((f"train {key}", [program, *given, "--guidance", guidance, "--seed", str(seed), "--runs", runs, "--sample-every", "0", *more]))
 
     def score(key, run, count, *more):
-        kind = "discrete" if "discrete" in more else "none" if run == "none" else "guided"
+        kind = "discrete" if key == "discrete" else "none" if run == "none" else "guided"
         steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features,
                             *f"{SETTINGS[data][kind]} {STEPS}".split(), *more]))
 
@@ -64,6 +64,8 @@ def plan(data, seed):
     for run in ("dcmix", "longer", "ti"):                                    # Fig. 8
         score(f"{run} few", run, FEW)
         score(f"{run} truth", run, FEW, "--truth")
+    for n in (1, 16):                                                        # X_d as TI-Mix trains on it, in one pass, and as inference draws it
+        score(f"discrete {n}", "dcmix", FEW, "--decode", "discrete", "--prior-steps", str(n))
     for n in AR_STEPS:                                                       # beyond the paper
         for run in ("none", "dcmix"):
             score(f"{run} ar {n}", run, FEWEST, "--ar-steps", str(n))
@@ -148,6 +150,7 @@ TABLE_1 = (("held-out pictures through the VAE (x_c)", "dcmix", 1, "1.01M"), ("h
            ("**dcmix**", "dcmix", 0, "2.45M"), ("dcsa", "dcsa", 0, "2.50M"), ("dcca", "dcca", 0, "3.11M"), ("dcmix with a fourth layer", "deeper", 0, "3.07M"))
 TABLE_2 = (("none", 2.45, 64), ("dcmix", 2.45, 64), ("dcsa", 2.50, 128), ("dcca", 3.11, 64))         # guidance, million parameters, tokens
 FIGURE_8 = (("dcmix, the checkpoint", "dcmix"), ("trained on without TI-Mix", "longer"), ("trained on with TI-Mix", "ti"))
+X_D = (("one step, as TI-Mix's x_hat where all is masked", "discrete 1"), ("16 steps, as X_d at inference", "discrete 16"))
 DATA = ("shapes", "fashion-mnist")
 
 
@@ -182,6 +185,7 @@ def tables(entries):
                               f"{millions:.2f}M", str(tokens)] for name, millions, tokens in TABLE_2], 2),
         "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in DATA)],
                              [[label, *cells(f"{key} few"), *cells(f"{key} truth")] for label, key in FIGURE_8]),
+        "X_d alone": markdown(["FD of X_d alone", *DATA], [[f"the prior in {steps}", *cells(key)] for steps, key in X_D]),
         "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)] for d in DATA for run in ("none", "dcmix")]),
         "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
                                     [[d, *(cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED))] for d in DATA])}
