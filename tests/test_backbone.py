@@ -382,6 +382,50 @@ def test_golden_generation_schedule_of_16_tokens(name):
     torch.testing.assert_close(torch.tensor(model.scales).double(), g[f"{name}_cfg_iter"], rtol=1e-6, atol=0)
 
 
+class Steps:
+    """A model whose every token is the number of the AR step that drew it."""
+
+    d_c = 1
+
+    def __init__(self):
+        self.saw, self.scales, self.diffloss = [], [], self
+
+    def __call__(self, x_c, x_d, m, y, drop):
+        self.saw.append((x_c[..., 0].clone(), m, drop.tolist()))
+        return torch.zeros(*m.shape, 1)
+
+    def sample(self, z, noise, steps, temperature, z_uncond, scale, bound):
+        self.scales.append(scale)
+        return torch.full((len(z), 1), float(len(self.scales)))
+
+
+def filled(cfg=1.0):
+    """Eight tokens drawn in four AR steps -> x_c (8,), the model."""
+    model = Steps()
+    order = torch.tensor([[3, 1, 7, 0, 4, 6, 2, 5]])
+    return sample.generate(model, None, torch.tensor([0]), order, lambda now, n: None, 4, 25, cfg)[0, :, 0].tolist(), model
+
+
+def test_eq06_generation_draws_more_tokens_in_every_ar_step():
+    """Eq. (6): of 8 tokens 7, 5, 3, 0 stay hidden after the four steps, 8 cos(pi/2 s/4) rounded down; the order is used from its end."""
+    assert filled()[0] == [3, 4, 2, 4, 3, 1, 2, 4]
+
+
+def test_eq06_generation_sees_the_tokens_drawn_before():
+    """Eq. (6): each AR step predicts from the visible x_c, those of earlier steps, and hides exactly the rest."""
+    _, model = filled()
+    assert [int(m.sum()) for _, m, _ in model.saw] == [8, 7, 5, 3]
+    for x_c, m, drop in model.saw:
+        assert torch.equal(x_c == 0, m) and drop == [False]
+
+
+def test_eq06_generation_is_guided_more_the_more_is_known():
+    """With guidance 3: a second z without class in every step, and a scale that grows from 1 with the share of tokens known after it."""
+    _, model = filled(cfg=3.0)
+    assert [drop for _, _, drop in model.saw] == [[False], [True]] * 4
+    assert model.scales == [1.25, 1.75, 2.25, 2.75]
+
+
 @pytest.mark.parametrize("given, ar_steps, expected", [(25, 4, [25] * 4), ((40, 10), 4, [40, 30, 20, 10]), ([40, 10], 1, [40])])
 def test_diffusion_steps_fall_linearly_over_the_ar_steps(given, ar_steps, expected):
     """One number holds for every AR step; of two, the first AR step has the first and the last the second. The noise is of the same length."""

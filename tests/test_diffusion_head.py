@@ -119,6 +119,50 @@ def test_eq05_alone_trains_eps():
     assert v.grad.all()
 
 
+class Knows(nn.Module):
+    """The exact denoiser where every token is z[:2], with the smaller variance: its x_0 is z[:2] whatever the noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.t = [], []
+
+    def forward(self, x, t, z):
+        self.x.append(x)
+        self.t.append(int(t))
+        share = abar(int(t))
+        return (x - math.sqrt(share) * z[:, :2]) / math.sqrt(1 - share), -torch.ones_like(x)
+
+
+def drawn(start, step, temperature=1.0, **guidance):
+    """A token drawn in four steps for z = (1, -2, 0), from these values of the first noise and of all later ones -> it, its denoiser."""
+    head = diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1)
+    head.net = Knows()
+    noise = torch.tensor([start, step, step, step])[:, None, None].expand(4, 1, 2)
+    return head.sample(torch.tensor([[1.0, -2.0, 0.0]]), noise, 4, temperature, **guidance), head.net
+
+
+def test_eq05_the_sampler_adds_no_noise_in_its_last_step():
+    """Eq. (5) run backwards, from t = 999 to t = 0: the last step returns x_0 itself, so an exact denoiser's token comes out exactly."""
+    x, net = drawn(1.0, 3.0)
+    assert net.t == [999, 666, 333, 0]
+    torch.testing.assert_close(x, torch.tensor([[1.0, -2.0]]))
+
+
+def test_eq05_the_sampler_adds_noise_in_every_other_step():
+    """Eq. (5) run backwards: it starts from the first noise as it is; the temperature scales the noise of the steps alone."""
+    (_, quiet), (_, loud), (_, half) = drawn(1.0, 0.0), drawn(1.0, 1.0), drawn(1.0, 1.0, 0.5)
+    assert quiet.x[0].tolist() == loud.x[0].tolist() == half.x[0].tolist() == [[1.0, 1.0]]
+    for k in (1, 2, 3):
+        assert (loud.x[k] - quiet.x[k] > 0.005).all()
+        torch.testing.assert_close(half.x[k] - quiet.x[k], (loud.x[k] - quiet.x[k]) / 2, rtol=0, atol=1e-4)
+
+
+def test_eq05_the_sampler_is_guided_away_from_no_class():
+    """eps_u + 3 (eps_c - eps_u): from x_0 = (0, 1) without the class through (1, -2) with it to (3, -8)."""
+    x, _ = drawn(1.0, 0.5, z_uncond=torch.tensor([[0.0, 1.0, 0.0]]), scale=3.0)
+    torch.testing.assert_close(x, torch.tensor([[3.0, -8.0]]))
+
+
 def test_eq05_leaves_its_inputs_unchanged():
     """Eq. (5): tokens, noise and timesteps are only read."""
     x, noise, t = torch.tensor([[1.0, 2.0]]), torch.tensor([[[3.0, 4.0]]]), torch.tensor([[5]])

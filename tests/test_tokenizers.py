@@ -1,4 +1,6 @@
 """Eq. (7), section 3.3: both tokenizers, the centre crop and the bytes against the official numbers."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,40 @@ import golden
 import mixing
 import sample
 import tokenizers
+
+# ------------------------------------------------------------------ Eq. (7) on literals
+
+def test_eq07_x_c_is_a_sample_of_the_posterior():
+    """Eq. (7): mean + deviation times noise; the encoder puts out the LOGARITHM of the VARIANCE: log 4 is a deviation of 2."""
+    found = mixing.reparameterize(torch.tensor([1.0, 1.0]), torch.tensor([4.0, 1.0]).log(), torch.tensor([0.5, -3.0]))
+    torch.testing.assert_close(found, torch.tensor([2.0, -2.0]))
+
+
+def test_eq07_the_vae_puts_out_the_mean_first():
+    """Eq. (7): of the 2 d_c channels the first d_c are the mean, the others the log variance, kept in [-30, 20]."""
+    vae = tokenizers.KLVAE(width=8, mult=(1,), blocks=1, z=2, groups=1)
+    nn.init.zeros_(vae.quant_conv.weight)
+    vae.quant_conv.bias.data = torch.tensor([1.0, 2.0, -50.0, 50.0])
+    mean, logvar = vae.encode(torch.zeros(1, 3, 4, 4))
+    assert mean[0, :, 0, 0].tolist() == [1, 2] and logvar[0, :, 0, 0].tolist() == [-30, 20]
+
+
+def test_eq07_x_d_is_the_sign_of_every_channel():
+    """Eq. (7): bits are -1 and +1, whatever the size of z; zero gives -1."""
+    assert mixing.quantise(torch.tensor([-5.0, -0.1, 0.0, 0.1, 5.0])).tolist() == [-1, -1, -1, 1, 1]
+
+
+def test_eq07_the_first_bit_counts_least():
+    """Eq. (7): the index of a token in a codebook of 2^d_d entries, which the cache keeps."""
+    assert mixing.bits_to_codes(torch.tensor([[1.0, -1, -1], [-1, -1, 1], [1, 1, 1]])).tolist() == [1, 4, 7]
+
+
+def test_eq07_kl_is_zero_for_a_standard_normal_posterior():
+    """What the VAE is trained with: KL = (mean^2 + variance - 1 - log variance) / 2, summed over a picture."""
+    mean, logvar = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1), torch.zeros(2, 3, 1, 1)
+    assert mixing.kl_to_normal(mean, logvar).tolist() == [0, 6]
+    assert mixing.kl_to_normal(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0).log()).item() == pytest.approx(1.5 - math.log(2))
+
 
 # ------------------------------------------------------------------ x_c = VAE(I): VA-VAE, KL-16
 
