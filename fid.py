@@ -11,11 +11,9 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import time
 import zipfile
 from collections import OrderedDict
-from datetime import timedelta
 from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
@@ -292,7 +290,7 @@ def kind_of(what):
         return "npz" if path.suffix == ".npz" else "run"
     if what != "shapes" and not path.is_dir():
         raise SystemExit(f"{what}: no such run, folder, npz file or data set (shapes is one)")
-    if what == "shapes" or (path / "train").is_dir() or list(path.glob("*-idx*ubyte*")):
+    if what == "shapes" or (path / "train").is_dir() or list(path.glob("*idx?-ubyte*")):
         return "data"
     inside = [p for p in path.iterdir() if p.is_dir() or p.suffix.lower() in tokenizers.EXTENSIONS]
     return "data" if len(inside) > 1 and all(p.is_dir() for p in inside) else "folder"
@@ -303,9 +301,9 @@ def read_npz(what):
     try:
         with zipfile.ZipFile(what) as archive, archive.open("arr_0.npy") as file:
             np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-                raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (n, H, W, 3)")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
+                raise ValueError(f"arr_0 is {dtype} {shape}{' in the order of Fortran' * fortran}, expected uint8 (n, H, W, 3)")
             for _ in range(shape[0]):
                 yield np.frombuffer(file.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:]).transpose(2, 0, 1)
     except Exception as error:                                               # a damaged file can fail in any way
@@ -352,19 +350,19 @@ def open_pictures(what, count, size, args, run=None):
 def draw(run, labels, args, numbers, pictures):
     """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
     y = torch.tensor(labels[numbers], device=run.device)
-    x_d = run.encode_discrete(fit(pictures, run.size)) if args.truth else None
+    x_d = run.encode_discrete(to_size(pictures, run.size)) if args.truth else None
     return run.draw(args.seed, numbers, y, run.settings, args.decode, x_d)[0].cpu().numpy()
 
 
 def reconstruct(run, tokenizer, numbers, pictures):
     """The pictures encoded and decoded by a run's "vae" (posterior mean) or "vq"."""
-    x = fit(pictures, run.size)
+    x = to_size(pictures, run.size)
     if tokenizer == "vq":
         return run.decode_discrete(run.encode_discrete(x)).cpu().numpy()
     return sample.to_bytes(run.vae.decode(run.vae.encode(x.to(run.device).float() / 127.5 - 1)[0])).cpu().numpy()
 
 
-def fit(pictures, size):
+def to_size(pictures, size):
     """uint8 (3, H, W) each -> uint8 (B, 3, size, size), cropped as data sets are."""
     crop = lambda p: np.asarray(tokenizers.center_crop(Image.fromarray(p.transpose(1, 2, 0)), size)).transpose(2, 0, 1)
     return torch.tensor(np.stack([p if p.shape[1:] == (size, size) else crop(p) for p in pictures]))
@@ -382,7 +380,7 @@ def measure(pictures, steps, note, extractor, args):
             numbers, batch = map(list, zip(*good))
             for step in steps:
                 batch = step(numbers, batch)
-            features, logits = (a.cpu().numpy() for a in extractor(fit(batch, extractor.size).to(args.device)))
+            features, logits = (a.cpu().numpy() for a in extractor(to_size(batch, extractor.size).to(args.device)))
             total = merge(total, moments(features))
             rows += zip(numbers, logits, features if args.kid else features[:, :0])
     parts = [(total, rows, skipped)] * ranks
@@ -435,8 +433,8 @@ def parse(argv=None):
     p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, "
                    "trained if missing; or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="how Inception's input is resized (default: %(default)s)")
-    p.add_argument("--size", type=int, help="side to which pictures are cropped before Inception (default: the run's)")
-    p.add_argument("--count", type=sample.positive, help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
+    p.add_argument("--size", type=sample.within(1, kind=int), metavar="PIXELS", help="side to which pictures are cropped before Inception (default: the run's)")
+    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N", help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
@@ -490,8 +488,10 @@ def main(argv=None):
     args, start = parse(argv), time.time()
     args.device = sample.on_device(args.device)
     sample.keep_memory()
-    if "LOCAL_RANK" in os.environ:                                           # started by torchrun
-        dist.init_process_group("gloo", timeout=timedelta(days=1))           # only statistics travel: gloo serves GPUs too
+    tokenizers.join()                                                        # by gloo on GPUs, too: only statistics travel
+    for path in filter(None, (args.json, args.save_stats)):
+        if Path(path).is_dir():
+            raise SystemExit(f"{path} is a folder; name a file for the report or the statistics")
     torch.backends.cudnn.allow_tf32 = False                                  # features are fp32 on every device
     if report := evaluate(args):
         for r in report["results"]:

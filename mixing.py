@@ -3,18 +3,18 @@
 Pure functions on tensors. Every random number is an argument; nothing here draws one and nothing
 here changes its inputs.
 
+    Eq. (3)   masked_loss      the prior's loss
     Eq. (7)   reparameterize, quantise   x_c and x_d from what the encoders put out; losses
     Eq. (8)   sample_mask      which tokens to predict
     Eq. (9)   dc_mix           x_d where the mask is 1, x_c elsewhere      (DC-Mix)
     Eq. (10)  mask_discrete    the discrete tokens with the mask token t_m
     Eq. (11)  predict_masked   g_M fills the masked discrete tokens
     Eq. (12)  ti_mix           part truth, part generated                 (TI-Mix)
-    Eq. (3)   masked_loss      the prior's loss
 
-Reads nothing, feeds every other file. Read backbone.py next.
+Reads nothing, feeds tokenizers.py, backbone.py, train.py and sample.py. Read backbone.py next.
 Try: python -m pytest tests/test_mixing.py -q
 
-B batch, N tokens, d_c / d_d channels of x_c / x_d, S bit groups of e = d_d / S bits, m True = to predict.
+B batch, N tokens, d_c / d_d channels of x_c / x_d, S bit groups (`splits`) of e = d_d / S bits, m True = to predict.
 """
 import math
 
@@ -41,11 +41,13 @@ def quantise(z):
 def quantiser_losses(z, codebook, all_mean=lambda q: q):
     """Commitment loss, per-sample entropy and average entropy of the lookup-free quantiser.   [MaskBit]
 
-    z (B, K, h, w), codebook (2^K, K) -> three scalars; the training loss is
+    z (B, d_d, h, w), codebook (2^d_d, d_d) -> three scalars; the training loss is
     commitment + 0.02 * (per_sample - average). all_mean averages q, the codes' use, over ranks.
     """
+    z = z.float()
     commitment = 0.25 * (quantise(z) - z).square().mean()
-    logits = 2 * z.float().movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01                     # (B h w, 2^K)
+    with torch.autocast(z.device.type, enabled=False):                       # the division by 0.01 would make much of bf16's rounding
+        logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01     # (B h w, 2^d_d)
     p = logits.softmax(-1)
     q = all_mean(p.mean(0))
     per_sample = -(p * p.clamp(min=1e-5).log()).sum(-1).mean()
@@ -135,7 +137,7 @@ def mask_discrete(x_d, m):
 def sample_codes(logits, u):
     """Draw one code per group by inverting the cumulative distribution at u.
 
-    logits (..., C), u (...) uniform in [0, 1) -> int64 (...) in 0..C-1. Computed in float64.
+    logits (..., 2^e), u (...) uniform in [0, 1) -> int64 (...) in 0..2^e - 1. Computed in float64.
     """
     cdf = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
@@ -185,6 +187,6 @@ def training_mask(u_ratio, u_code):
 def masked_loss(logits, codes):
     """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
 
-    logits (B, N, S, C), codes (B, N, S) int -> scalar.
+    logits (B, N, S, 2^e), codes (B, N, S) int -> scalar. The paper's sum is over the hidden codes alone.
     """
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)

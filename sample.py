@@ -4,7 +4,7 @@
 of a run together. Image number i of seed s is the same picture at any batch size and number of
 processes: its random numbers are a function of (s, i).
 
-Reads the checkpoints of train.py, feeds fid.py. Read fid.py next.
+Reads the checkpoints of train.py, feeds fid.py and train.py, which draws pictures, too. Read fid.py next.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to predict.
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -52,6 +53,9 @@ def load_checkpoint(path, kind, official=False):
     found = saved.get("kind", kind if official else "a dict without kind") if isinstance(saved, dict) else type(saved).__name__
     if found != kind:
         raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found}")
+    parts = ("config", "model", "meta") if kind == "classifier" else ("config", "model", "ema", "meta", "step")
+    if "kind" in saved and (missing := [part for part in parts if part not in saved]):
+        raise SystemExit(f"{path}: this {kind} checkpoint lacks {', '.join(missing)}")
     return saved
 
 
@@ -72,7 +76,7 @@ def build(kind, config, state, path):
     try:
         with torch.device("meta"):                                           # no time lost on start values
             model = KINDS[kind](**config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise SystemExit(f"{path}: there is no {kind} of the configuration {config}: {error}") from None
     load_weights(model, state, path)
     return model.eval().requires_grad_(False)
@@ -125,7 +129,9 @@ def autocast(amp, device):
 
 
 def on_device(device):
-    """"cuda" made the GPU of this process. SystemExit where there is none."""
+    """"cuda" made the GPU of this process. SystemExit where there is none, or on another device."""
+    if device != "cpu" and not device.startswith("cuda"):
+        raise SystemExit(f"--device {device}: unknown; use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: this machine has no CUDA device; use --device cpu")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
@@ -153,23 +159,23 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     `temperature`, that falls to 0. -> bits (B, N, S e) in {-1, +1}.
     """
     B, N, S, e = len(y), prior.N, prior.splits, prior.bits // prior.splits
-    codes = torch.full((B, N, S), 2 ** e, device=y.device)
-    nobody = torch.zeros(B, dtype=torch.bool, device=y.device)
+    codes = torch.full((B, N, S), 2 ** e, device=y.device)                   # 2^e: masked
+    drop_none = torch.zeros(B, dtype=torch.bool, device=y.device)
     for i in range(steps):
-        r, known = (i + 1) / steps, codes < 2 ** e
+        r, known = (i + 1) / steps, codes < 2 ** e                           # known: kept in earlier steps
         x, g = mixing.codes_to_bits(codes, e), prior_guidance(guidance, power, i, steps)
         if g != 0:
-            logits, free = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([nobody, ~nobody])).chunk(2)
-            logits = logits + g * (logits - free)
+            logits, without_class = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([drop_none, ~drop_none])).chunk(2)
+            logits = logits + g * (logits - without_class)
         else:
             logits = prior(x, y)
         drawn = torch.where(known, codes, draw(logits))
         score = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0] + gumbel() * temperature * (1 - r)
         score = score.masked_fill(known, math.inf)
         ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
-        k = min(max(math.floor(ratio * N * S), 1), int((~known[0]).sum()) - 1)
+        k = min(max(math.floor(ratio * N * S), 1), int((~known[0]).sum()) - 1)                   # how many stay masked
         threshold = score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
-        codes = torch.where(score <= threshold, 2 ** e, drawn)               # the k least certain are masked again
+        codes = torch.where(score <= threshold, 2 ** e, drawn)               # the k least certain
     return mixing.codes_to_bits(drawn, e)
 
 
@@ -191,14 +197,14 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     """
     B, N = order.shape
     x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
-    everybody = torch.ones(B, dtype=torch.bool, device=order.device)
+    drop_all = torch.ones(B, dtype=torch.bool, device=order.device)
     for s in range(ar_steps):
         m, left = mixing.hide(order, hidden), hidden_after(s, ar_steps, N, hidden)
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         left = 0 if s == ar_steps - 1 else left
         now = m & ~mixing.hide(order, left)
-        z = model(x_c, x_d, m, y, ~everybody)[now]                           # (rows, D)
-        z_uncond = model(x_c, x_d, m, y, everybody)[now] if cfg != 1 else None
+        z = model(x_c, x_d, m, y, ~drop_all)[now]                            # (rows, D)
+        z_uncond = model(x_c, x_d, m, y, drop_all)[now] if cfg != 1 else None
         n = round(np.interp(s, (0, max(ar_steps - 1, 1)), np.broadcast_to(diffusion_steps, 2)))
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
         hidden = left
@@ -234,7 +240,7 @@ class System:
     """
 
     def __init__(self, run, device="cpu", weights="ema", amp="auto", model=None, **given):
-        path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
+        self.path = path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
         self.model, checkpoint = (model, load_checkpoint(path, "mixar")) if model is not None else load_model(path, "mixar", weights)
         self.meta, self.device, self.step, self.amp = checkpoint["meta"], torch.device(device), checkpoint["step"], amp
         self.shared = path.parent / self.meta["shared"]
@@ -249,7 +255,8 @@ class System:
             raise SystemExit(f"{path} is an official MAR file and names no VAE; add --vae FILE with KL-16")
         same_size(path, channels=(self.model.d_c, self.vae.post_quant_conv.in_channels))
         if self.prior and self.vq:
-            same_size(path, tokens=(self.model.N, self.prior.N), bits=(self.vq.quantize.codebook.shape[1], self.prior.bits))
+            same_size(path, tokens=(self.model.N, self.prior.N), bits=(self.vq.quantize.codebook.shape[1], self.prior.bits),
+                      classes=(len(self.meta["classes"]), self.prior.classes))
         self.model.to(self.device)
         self.size = math.isqrt(self.model.N) << len(self.vae.encoder.down) - 1                   # side of the pictures
         self.mean, self.std = (torch.tensor(self.meta[k], device=self.device) for k in ("latent_mean", "latent_std"))
@@ -313,6 +320,8 @@ def open_run(run, args):
     """The System of `run` with the parts and the `settings` of its samples that add_options gave, by default its own."""
     system = System(run, args.device, args.weights, args.amp, **{kind: getattr(args, kind) for kind in PARTS})
     system.settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
+    if system.prior and system.settings["prior_steps"] > (codes := system.prior.N * system.prior.splits):
+        raise SystemExit(f"--prior-steps {system.settings['prior_steps']}: more than the {codes} codes of a picture")
     return system
 
 
@@ -357,7 +366,7 @@ def wanted_classes(text, classes):
     """"all", or comma-separated names or numbers -> list of ints. SystemExit naming an unknown class."""
     if text == "all":
         return list(range(len(classes)))
-    unknown = [name for name in text.split(",") if name not in classes and not (name.isdigit() and int(name) < len(classes))]
+    unknown = [name for name in text.split(",") if name not in classes and not (name.isdecimal() and int(name) < len(classes))]
     if unknown:
         raise SystemExit(f"--classes {unknown[0]}: unknown class; the run has {', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}")
     return [classes.index(name) if name in classes else int(name) for name in text.split(",")]
@@ -392,34 +401,37 @@ def gather(folder, count, out, columns):
         save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
 
 
-def positive(text):
-    """The argparse type of a number of pictures or steps."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def within(low, high=math.inf, kind=float):
+    """The argparse type of a number in [low, high]: within(0, 1) takes "0.7", within(1, kind=int) no 0."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:                                         # nor nan
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return number
 
 
-def steps(text):
-    """"25" -> 25, "40:10" -> [40, 10]; the diffusion process needs 2."""
-    first, *last = [int(number) for number in text.split(":")]
-    if min([first, *last]) < 2 or len(last) > 1:
-        raise ValueError
-    return [first, *last] if last else first
+def step_counts(text):
+    """"25" -> 25, "40:10" -> [40, 10]; the diffusion process takes 2 to 1000."""
+    numbers = [within(2, 1000, int)(number) for number in text.split(":")]
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: give one number, or two for the first and the last AR step")
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
-    p.add_argument("--seed", type=int, default=0, help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
-    p.add_argument("--batch-size", type=positive, default=80, help="images at once in each process (default: %(default)s)")
+    p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), default=0, metavar="SEED", help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
+    p.add_argument("--batch-size", type=within(1, kind=int), metavar="N", default=80, help="images at once in each process (default: %(default)s)")
     for kind, text in zip(PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
         p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
-    for name, kind, text in (("ar-steps", positive, "AR steps of MixAR, Eq. 6"),
-                             ("diffusion-steps", steps, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
-                             ("cfg", float, "guidance scale of MixAR, 1 for none"), ("temperature", float, "of the diffusion noise"),
-                             ("prior-steps", positive, "steps of the prior, Eq. 4"), ("prior-cfg", float, "guidance scale of the prior, 0 for none"),
-                             ("prior-temperature", float, "randomness of which codes the prior keeps")):
+    for name, kind, text in (("ar-steps", within(1, kind=int), "AR steps of MixAR, Eq. 6"),
+                             ("diffusion-steps", step_counts, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
+                             ("cfg", within(0), "guidance scale of MixAR, 1 for none"), ("temperature", within(0), "of the diffusion noise"),
+                             ("prior-steps", within(1, kind=int), "steps of the prior, Eq. 4"), ("prior-cfg", within(0), "guidance scale of the prior, 0 for none"),
+                             ("prior-temperature", within(0), "randomness of which codes the prior keeps")):
         p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
     p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
@@ -427,11 +439,11 @@ def add_options(p):
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
-    p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn")
-    p.add_argument("--count", type=positive, default=80, help="number of images")
+    p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn (default: %(default)s)")
+    p.add_argument("--count", type=within(1, kind=int), default=80, metavar="N", help="number of images (default: %(default)s)")
     add_options(p)
     return p.parse_args(argv)
 
@@ -439,8 +451,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     keep_memory()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.device = on_device(args.device)
+    tokenizers.join()
+    (rank, ranks), barrier = tokenizers.world(), tokenizers.barrier
     system = open_run(args.run, args)
     settings, given = system.settings, {kind: getattr(args, kind) for kind in PARTS}
     chosen = wanted_classes(args.classes, system.meta["classes"])
@@ -450,26 +463,30 @@ def main(argv=None):
     if out.suffix == ".gif":
         if args.decode == "discrete":
             raise SystemExit(f"--out {out}: a gif shows discrete tokens giving way to continuous ones; leave out --decode discrete")
-        fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
-        print(out)
+        if rank == 0:
+            fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
+            print(out)
         return
     folder = out.with_name(out.name + ".parts") if out.suffix in (".png", ".npz") else out
-    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **given, **settings)
+    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, saved=system.path.stat().st_mtime, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **given, **settings)
     note = folder / "settings.json"
     if note.is_file() and json.loads(note.read_text()) != made_from:
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
-    tokenizers.write_whole(note, lambda file: file.write(json.dumps(made_from, indent=1).encode()))
+    barrier()                                                                # every process has looked at the note
+    if rank == 0:
+        tokenizers.write_whole(note, lambda file: file.write(json.dumps(made_from, indent=1).encode()))
     drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
     if drawn and rank == 0:
         print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "
               f"{args.device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
+    barrier()                                                                # every process has drawn its share
     if rank == 0 and folder != out:
-        while not all((folder / f"{i:06d}.png").is_file() for i in range(args.count)):           # the other processes are still drawing
-            time.sleep(0.2)
         gather(folder, args.count, out, columns)
         shutil.rmtree(folder)
     if rank == 0:
         print(out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Eq. (7): x_c = VAE(I), x_d = VQVAE(I); the images I themselves and the cache of their tokens.
 
 `KLVAE` is the continuous tokenizer (VA-VAE, KL-16), `BitVQ` the discrete one (MaskBit's lookup-free
-bit tokens), both of the same parts; sample.py gives official files our parameter names. Images come from
+bit tokens), both of the same parts; backbone.py gives official files our parameter names. Images come from
 the embedded set `shapes`, from class folders or from MNIST-family files. `Tokens` is the cache the training reads.
 
-Reads files, feeds mixing.py, train.py, sample.py and fid.py. Read mixing.py next.
+Reads files and mixing.py, feeds train.py, sample.py and fid.py. Read mixing.py next.
 Try: python train.py --stage vae        (and look at runs/shapes/vae/reconstructions.png)
 (Run from this folder, this module stands before the Hugging Face package of the same name.)
 
@@ -16,8 +16,10 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,38 +31,6 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 from tqdm import tqdm
 
 from mixing import bits_to_codes, codes_to_bits, quantise, reparameterize
-
-# ------------------------------------------------------------------ files: saved whole or not at all; processes
-
-def world():
-    """This process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def write_whole(path, write):
-    """Call write(file) on a temporary file beside `path`, then rename it: a killed run leaves no half file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def fingerprint(module):
-    """16 hexadecimal digits of the weights."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 
 # ------------------------------------------------------------------ both tokenizers
 
@@ -97,8 +67,8 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
-        y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))   # (B, 1, hw, c)
+        normed = self.norm(x)
+        q, k, v = (f(normed).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))   # (B, 1, hw, c)
         y = scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(y)
 
@@ -261,9 +231,11 @@ def read_idx(path):
     """An MNIST-family file, gz or not -> uint8 array. SystemExit on anything else."""
     try:
         data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("it does not hold bytes")
         shape = np.frombuffer(data, ">u4", data[3], 4)
         return np.frombuffer(data, np.uint8, int(np.prod(shape)), 4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise SystemExit(f"{path}: not a readable idx file ({error})") from None
 
 
@@ -280,10 +252,10 @@ class Idx:
         if not all(found):
             raise SystemExit(f"{root}: needs {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (.gz or not)")
         (self.images, labels), self.size = (read_idx(paths[0]) for paths in found), size
-        if self.images.ndim != 3 or len(self.images) != len(labels):
+        if self.images.ndim != 3 or labels.shape != self.images.shape[:1] or not len(labels):
             raise SystemExit(f"{found[0][0]}: {self.images.shape} pictures for {labels.shape} labels")
         clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
-        self.classes = clothes if "fashion" in str(root).lower() else [str(k) for k in range(int(labels.max()) + 1)]
+        self.classes = clothes if "fashion" in str(root).lower() and labels.max() < 10 else [str(k) for k in range(int(labels.max()) + 1)]
         self.labels = labels.astype(np.int64)
 
     def read(self, i):
@@ -348,11 +320,57 @@ def open_source(data, split, size, count):
     elif not Path(data).is_dir():
         raise SystemExit(f"--data {data}: no such folder; give class folders, MNIST-family idx files, or shapes")
     else:
-        source = (Idx if list(Path(data).glob("*-idx*ubyte*")) else Folder)(Path(data), split, size)
+        source = (Idx if list(Path(data).glob("*idx?-ubyte*")) else Folder)(Path(data), split, size)
         keep = np.random.RandomState(0).permutation(len(source.labels))[:count] if count else np.arange(len(source.labels))
         source.read, source.labels = (lambda i, read=source.read: read(keep[i])), source.labels[keep]
     source.made_from = dict(data=data if data == "shapes" else str(Path(data).resolve()), split=split, size=size, pictures=len(source.labels))
+    if hasattr(source, "files"):                                             # other pictures, another cache
+        source.made_from["names"] = hashlib.sha256("\n".join(map(str, source.files)).encode()).hexdigest()[:16]
     return source
+
+
+# ------------------------------------------------------------------ files: saved whole or not at all; processes
+
+def world():
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join(backend="gloo"):
+    """The processes that torchrun started become one group; without torchrun there is nothing to do."""
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(days=1))          # one may wait long for another
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_whole(path, write):
+    """Call write(file) on a temporary file beside `path`, then rename it: a killed run leaves no half file. SystemExit where none can be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def fingerprint(module):
+    """16 hexadecimal digits of the weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------ caches: pixels and tokens of every picture
@@ -404,7 +422,10 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
 
 def read_meta(folder):
     path = Path(folder) / "meta.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise SystemExit(f"{path} is damaged ({error}); remove {folder} to make it again") from None
 
 
 def write_meta(folder, meta):

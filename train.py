@@ -5,7 +5,7 @@
 What a data set needs once lies in runs/DATA/ (vae, vq, tokens, prior) and is shared by every guidance;
 the run itself lies in runs/DATA-GUIDANCE[-ti]/. A stopped run started again goes on where it was.
 
-Reads every other file, writes runs/. `mixar_loss` is the step of the paper. Read sample.py next.
+Reads every other file but fid.py, writes runs/. `mixar_loss` is the step of the paper. Read sample.py next.
 Try: torchrun train.py --guidance dcmix
 
 B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per token; m True = to predict.
@@ -18,7 +18,6 @@ import math
 import os
 import signal
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -54,9 +53,9 @@ def mixar_loss(model, batch, draw, step, prior, args):
         lam = mixing.ti_lambda(step, recipe["steps"])
         x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), lam)         # Eq. (12)
     z = model(x_c, x_g, m, y, drop)                                          # (B, N, D)     Eqs. (6), (9)
-    R, hidden = recipe["draws"], int(m[0].sum())                             # N'
-    t = (draw(torch.rand, R, hidden) * 1000).long().transpose(0, 1).flatten(1)           # (R, B N')
-    noise = draw(torch.randn, R, hidden, d_c).transpose(0, 1).flatten(1, 2)              # (R, B N', d_c)
+    R, N_masked = recipe["draws"], int(m[0].sum())                           # drawn per image, then laid out as the rows of z[m]
+    t = (draw(torch.rand, R, N_masked) * 1000).long().transpose(0, 1).flatten(1)         # (R, B N')
+    noise = draw(torch.randn, R, N_masked, d_c).transpose(0, 1).flatten(1, 2)            # (R, B N', d_c)
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
 
 
@@ -78,7 +77,10 @@ def vae_loss(model, batch, draw, step):
 
 
 def vq_loss(model, batch, draw, step):
-    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit] without perceptual and GAN terms"""
+    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit] without perceptual and GAN terms
+
+    and without the greater weight of the entropies in MaskBit's first steps [ours].
+    """
     x = batch[0]
     z = model.encode(x).float()
     y = model.decode(z + (mixing.quantise(z) - z).detach())              # straight-through
@@ -104,7 +106,7 @@ class Draw:
         rank, ranks = world()
         k, of = rank * parts + part, ranks * parts
         self.B, self.device, self.rows = B, device, slice(k * B // of, (k + 1) * B // of)
-        self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)
+        self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)           # a prime: no two seeds share steps below it
 
     def shared(self, f, *shape):
         return f(shape, generator=self.generator, device=self.device)
@@ -166,7 +168,7 @@ class Log:
     def __init__(self, folder, kind, step, steps, B, args):
         folder.mkdir(parents=True, exist_ok=True)
         path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
-        rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= step] if path.is_file() else []
+        rows = [row for row in csv.DictReader(path.open()) if None not in row.values() and int(row["step"]) <= step] if path.is_file() else []
         self.before, self.file = float(rows[-1]["seconds"]) if rows else 0.0, path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
         self.writer.writeheader()
@@ -213,8 +215,8 @@ class State:
             return
         source = self.path if resumed else Path(init) / "last.pt" if Path(init).is_dir() else Path(init)
         saved = sample.load_checkpoint(source, kind)
-        if resumed and saved["settings"] != settings:
-            raise SystemExit(f"{source} was made with {saved['settings']}, not with {settings}; choose another --out or --runs folder")
+        if resumed and saved.get("settings") != settings:
+            raise SystemExit(f"{source} was made with {saved.get('settings')}, not with {settings}; choose another --out or --runs folder")
         sample.load_weights(self.model, saved["model"], source)
         sample.load_weights(self.ema, saved["ema"], source)
         self.ema_start = saved["ema_start"] + (0 if resumed else saved["step"])
@@ -357,10 +359,12 @@ def train_mixar(args, shared, files, run, tokens):
     sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
     if not args.prior and saved["meta"].get("tokens") != tokens.meta["made_from"]:
         raise SystemExit(f"{files['prior']} was trained on other tokens than those in {shared / 'tokens'}; remove it to train it again")
-    marks = [*tokens.made_by, tokenizers.fingerprint(prior) if args.prior else None]
-    meta = dict(tokens=tokens.meta["made_from"], shared=os.path.relpath(shared, run), classes=tokens.classes, latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
-                files={kind: (os.path.abspath(path) if getattr(args, kind) else os.path.relpath(path, run), mark) for (kind, path), mark in zip(files.items(), marks)},
-                data=tokens.meta["made_from"]["data"], sampling=backbone.sampling(args.preset, bits))
+    # what sample.py needs to know to draw from this run alone; a file of the user's by its full path, ours from the run's folder
+    place = lambda kind: os.path.abspath(files[kind]) if getattr(args, kind) else os.path.relpath(files[kind], run)
+    marks = dict(zip(("vae", "vq"), tokens.made_by), prior=tokenizers.fingerprint(prior) if args.prior else None)
+    meta = dict(data=tokens.meta["made_from"]["data"], classes=tokens.classes, sampling=backbone.sampling(args.preset, bits),
+                tokens=tokens.meta["made_from"], latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
+                shared=os.path.relpath(shared, run), files={kind: (place(kind), marks[kind]) for kind in files})
 
     def preview(ema, step):
         system = sample.System(run, args.device, amp=args.amp, model=ema)
@@ -370,45 +374,53 @@ def train_mixar(args, shared, files, run, tokens):
     fit(args, "mixar", run, model, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    count, number, share = (dict(type=sample.within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", help="shapes (drawn here), a folder of class folders, or a folder of MNIST-family idx files")
+    g.add_argument("--data", default="shapes", help="shapes (drawn here), a folder of class folders, or a folder of MNIST-family idx files; cropped to the preset's 32 or 256 pixels")
     g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES, help="how X_d guides X_c, section 3.3; none is plain MAR [paper]")
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"], help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
     g.add_argument("--init", help="start from this MixAR checkpoint or run, as TI-Mix does from DC-Mix, section 4.3 [paper]")
     g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
     g.add_argument("--preset", default="tiny", choices=backbone.RECIPES, help="sizes, see python backbone.py")
-    g.add_argument("--images", type=int, help="use at most this many pictures")
+    g.add_argument("--images", **count, help="use at most this many pictures")
     for kind, official in (("vae", "VA-VAE or KL-16"), ("vq", "a MaskBit tokenizer"), ("prior", "a MaskBit generator")):
         g.add_argument(f"--{kind}", metavar="FILE", help=f"{official}, or a checkpoint of ours, instead of training stage {kind}")
     g = p.add_argument_group("length and rate (unset: the preset's recipe)")
     for kind in ("vae", "vq", "prior"):
-        g.add_argument(f"--{kind}-steps", type=int, help=f"steps of stage {kind}")
-    g.add_argument("--steps", dest="mixar_steps", type=int, help="steps of stage mixar")
-    g.add_argument("--epochs", dest="mixar_epochs", type=float, help="its length in passes over the pictures instead [paper: 400, Fig. 8]")
-    g.add_argument("--batch-size", type=int, help="global batch of every stage, whatever the number of processes")
-    g.add_argument("--lr", dest="mixar_lr", type=float, help="learning rate of stage mixar, constant after the warm-up [MAR]")
-    g.add_argument("--warmup", dest="mixar_warmup", type=float, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
-    g.add_argument("--weight-decay", dest="mixar_decay", type=float, help="of stage mixar, on matrices outside the head [MAR]")
+        g.add_argument(f"--{kind}-steps", **count, help=f"steps of stage {kind}")
+    g.add_argument("--steps", dest="mixar_steps", **count, help="steps of stage mixar")
+    g.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures instead [MAR: 400; paper: 320, Fig. 7, and 200 + 200, Fig. 8]")
+    g.add_argument("--batch-size", **count, help="global batch of every stage, whatever the number of processes")
+    g.add_argument("--lr", dest="mixar_lr", **number, help="learning rate of stage mixar, constant after the warm-up [MAR]")
+    g.add_argument("--warmup", dest="mixar_warmup", **number, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
+    g.add_argument("--weight-decay", dest="mixar_decay", **number, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
-    g.add_argument("--min-mask", type=float, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
-    g.add_argument("--draws", dest="mixar_draws", type=int, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
-    g.add_argument("--label-drop", type=float, default=0.1, help="how often the class is withheld, for guidance [MAR]")
-    g.add_argument("--clip", type=float, default=3.0, help="largest gradient norm [MAR]")
-    g.add_argument("--ema", type=float, default=0.9999, help="decay of the moving average after its warm-up [MAR]")
+    g.add_argument("--min-mask", **share, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
+    g.add_argument("--draws", dest="mixar_draws", **count, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
+    g.add_argument("--label-drop", **share, default=0.1, help="how often the class is withheld, for guidance [MAR]")
+    g.add_argument("--clip", **number, default=3.0, help="largest gradient norm [MAR]")
+    g.add_argument("--ema", **share, default=0.9999, help="decay of the moving average after its warm-up [MAR]")
     g = p.add_argument_group("running")
     g.add_argument("--runs", default="runs", help="where all runs lie")
     g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
-    g.add_argument("--seed", type=int, default=0, help="start values, data order, masks and noise")
+    g.add_argument("--seed", type=sample.within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
-    g.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
+    g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures, 0 for only at the end")
-    g.add_argument("--log-every", type=int, default=10, help="steps between rows of log.csv")
+    g.add_argument("--save-every", **count, default=500, help="steps between checkpoints")
+    g.add_argument("--sample-every", type=sample.within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
+    g.add_argument("--log-every", **count, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     return settle(p.parse_args(argv))
 
@@ -419,18 +431,16 @@ def settle(args):
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
         if given and (args.stage == kind or not Path(given).is_file()):
-            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file"))
+            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file; a stage's is in its folder as last.pt"))
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
             raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
         raise SystemExit(f"--mix-at encoder is for --guidance dcmix, not {args.guidance}")
-    if not 0 <= args.min_mask <= 1:
-        raise SystemExit(f"--min-mask {args.min_mask} is not in [0, 1]")
-    if args.mixar_steps and args.mixar_epochs:
+    if args.mixar_steps and args.mixar_epochs is not None:
         raise SystemExit("--steps and --epochs both set the length of stage mixar; give one of them")
-    if args.mixar_epochs:
+    if args.mixar_epochs is not None:
         args.recipe["mixar"].pop("steps", None)
     for kind, recipe in args.recipe.items():
         flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup", "decay")} | dict(batch=args.batch_size)
@@ -444,10 +454,9 @@ def main(argv=None):
     args = parse(argv)
     sample.keep_memory()
     args.device = sample.on_device(args.device)
-    if "LOCAL_RANK" in os.environ:                                           # started by torchrun
-        if cuda := args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    if cuda := args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    tokenizers.join("nccl" if cuda else "gloo")
     rank, _ = world()
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
@@ -470,6 +479,8 @@ def main(argv=None):
     if args.stage == "cache":
         return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
+    if tokens.meta["made_from"]["data"] != (data if args.data == "shapes" else str(Path(args.data).resolve())):
+        raise SystemExit(f"--data {args.data}: {shared / 'tokens'} was made from {tokens.meta['made_from']['data']}; choose another --runs folder")
     if args.stage == "prior" or wants("prior") and not done(files["prior"], "prior", args.prior_steps):
         train_prior(args, shared, tokens)
     if wants("mixar"):

@@ -161,6 +161,37 @@ def shapes(count):
     return tokenizers.open_source("shapes", "train", 32, count)
 
 
+@pytest.mark.parametrize("head, body, words", [(b"\0\0\x0b\x01\0\0\0\x02", b"\0" * 4, "does not hold bytes"), (b"\0\0\x08\x01\0\0\0\0", b"", "labels")])
+def test_idx_files_of_another_kind_are_one_line(tmp_path, head, body, words):
+    """16-bit values, and a file without labels."""
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array([2, 28, 28], ">u4").tobytes() + bytes(2 * 28 * 28))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(head + body)
+    with pytest.raises(SystemExit, match=words):
+        tokenizers.open_source(str(tmp_path), "train", 32, None)
+
+
+def test_other_pictures_in_a_folder_are_another_source(folder):
+    """As many pictures under other names must not be taken for those in the cache."""
+    before = tokenizers.open_source(str(folder), "train", 32, None).made_from
+    (folder / "cat" / "rgb.png").rename(folder / "cat" / "renamed.png")
+    after = tokenizers.open_source(str(folder), "train", 32, None).made_from
+    assert before["pictures"] == after["pictures"] and before != after
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.json", tmp_path):
+        with pytest.raises(SystemExit, match="cannot be written"):
+            tokenizers.write_whole(path, lambda file: file.write(b"x"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_note_of_a_cache_is_one_line(tmp_path):
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(SystemExit, match="meta.json is damaged"):
+        tokenizers.read_meta(tmp_path)
+
+
 def test_images_of_another_source_are_refused(tmp_path):
     tokenizers.cache_images(tmp_path, shapes(10))
     with pytest.raises(SystemExit, match="was made from"):

@@ -566,7 +566,7 @@ def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path
     report = measured(str(tmp_path / "large.npz"), str(tmp_path / "large"))
     assert report["results"][0]["frechet_distance"] < 1e-8
     expected = np.asarray(tokenizers.center_crop(Image.fromarray(large[0, :16]), SIZE)).transpose(2, 0, 1)
-    assert (fid.fit([large[0, :16].transpose(2, 0, 1), expected], SIZE).numpy() == expected).all()
+    assert (fid.to_size([large[0, :16].transpose(2, 0, 1), expected], SIZE).numpy() == expected).all()
 
 
 # ------------------------------------------------------------------ the report
@@ -617,6 +617,7 @@ def bad(world, folder):
     """name -> (arguments, what the line must say)"""
     np.savez(folder / "other.npz", pictures=blobs(3))
     np.savez(folder / "float.npz", arr_0=np.zeros((3, 4, 4, 3)))
+    np.savez(folder / "fortran.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8, order="F"))
     np.savez(folder / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(folder / "nan.npz", mu=np.full(144, np.nan), sigma=np.eye(144))
     (folder / "cut.npz").write_bytes((world / "samples.npz").read_bytes()[:20000])
@@ -627,6 +628,8 @@ def bad(world, folder):
     return {"no such path": (["nowhere", "flat"], "nowhere: no such run"),
             "npz without arr_0 or mu": ([f"{folder}/other.npz", "flat"], "other.npz: expected an npz file with arr_0"),
             "npz of floats": ([f"{folder}/float.npz", "flat"], "float64.*expected uint8"),
+            "npz in Fortran's order": ([f"{folder}/fortran.npz", "flat"], "in the order of Fortran"),
+            "statistics into a folder": (["samples.npz", "flat", "--save-stats", str(folder)], "is a folder; name a file"),
             "npz cut short": ([f"{folder}/cut.npz", "flat"], "cut.npz: expected an npz file"),
             "npz with a flipped byte": ([f"{folder}/flipped.npz", "flat"], "flipped.npz: expected an npz file"),
             "npz that is text": ([f"{folder}/text.npz", "flat"], "text.npz: expected an npz file"),

@@ -163,6 +163,14 @@ def test_golden_quantiser_losses(bit, name):
     assert golden.difference(z.grad, bit[f"train_{name}_grad_quantizer_loss"]) < 1e-3
 
 
+def test_quantiser_losses_are_fp32_under_autocast(bit):
+    """The entropies come from logits divided by 0.01, which would make much of bf16's rounding: autocast changes nothing."""
+    z, codebook = bit["train_zsmall_input"], tiny_vq().quantize.codebook
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixing.quantiser_losses(z, codebook)
+    assert found == mixing.quantiser_losses(z, codebook)
+
+
 def test_golden_commitment_loss(bit):
     """In evaluation only the commitment loss counts."""
     commitment, _, _ = mixing.quantiser_losses(bit["z"], tiny_vq().quantize.codebook)

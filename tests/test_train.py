@@ -493,7 +493,7 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [(["--ti-mix", "--guidance", "none"], "--ti-mix mixes X_d"), (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder is for"),
-                                          (["--min-mask", "1.2"], "--min-mask 1.2 is not in")])
+                                          (["--steps", "3", "--epochs", "0"], "--steps and --epochs")])
 def test_contradictions_are_one_line(flags, words):
     with pytest.raises(SystemExit, match=words):
         train.parse(flags)
@@ -506,7 +506,48 @@ def test_contradictions_are_one_line(flags, words):
 def test_numbers_that_draw_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         sample.parse(["run", *flags])
-    assert f"argument {flags[0]}: invalid" in capsys.readouterr().err
+    assert f"argument {flags[0]}: {flags[1][-1] if flags[1] == '9:1' else flags[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, value", [("--min-mask", "1.2"), ("--label-drop", "5"), ("--lr", "nan"), ("--ema", "nan"), ("--clip", "-1"), ("--images", "0"),
+                                         ("--seed", "-1"), ("--batch-size", "0"), ("--save-every", "0"), ("--draws", "0"), ("--steps", "0"), ("--epochs", "-1")])
+def test_numbers_that_train_nothing_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([flag, value])
+    assert f"argument {flag}: {value} is not in [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [(["--device", "gpu"], "--device gpu: unknown"), (["--prior-steps", "129"], "more than the 128 codes")])
+def test_settings_that_no_model_has_are_refused(runs, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        sample.main([str(runs / "shapes-dcmix"), *flags])
+
+
+def test_a_prior_of_other_classes_is_refused(runs, tmp_path):
+    """One class less, and the last class of the run would be drawn as "no class"."""
+    saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
+    saved["config"]["classes"] = 9
+    for weights in (saved["model"], saved["ema"]):
+        weights["class_emb.weight"] = weights["class_emb.weight"][:10]
+    torch.save(saved, tmp_path / "prior.pt")
+    with pytest.raises(SystemExit, match="10 classes, expected the 9"):
+        sample.main([str(runs / "shapes-dcmix"), "--prior", str(tmp_path / "prior.pt")])
+
+
+def test_tokens_of_another_data_set_are_refused(runs, tmp_path):
+    """--stage mixar does not read the pictures, but it knows whose tokens it finds."""
+    with pytest.raises(SystemExit, match="was made from shapes"):
+        train.main(mixar(runs, tmp_path / "run", "--data", tmp_path / "shapes"))
+
+
+def test_a_second_start_after_the_last_picture_draws_nothing_again(runs, tmp_path):
+    """Two processes find all pictures of a stopped run: the grid is made of them and the folder of parts is gone."""
+    base = ["sample.py", str(runs / "shapes-dcmix"), "--count", "4", "--amp", "fp32", "--ar-steps", "2", "--diffusion-steps", "2"]
+    assert run(*base, "--out", tmp_path / "parts").returncode == 0
+    (tmp_path / "parts").rename(tmp_path / "grid.png.parts")
+    started = run(*base, "--out", tmp_path / "grid.png", processes=2)
+    assert started.returncode == 0 and "s/image" not in started.stdout, started.stderr
+    assert (tmp_path / "grid.png").is_file() and not (tmp_path / "grid.png.parts").exists()
 
 
 def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
