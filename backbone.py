@@ -40,8 +40,8 @@ PRESETS = {
 for _name, _cfg, _mar in (("large", 3.0, dict(D=1024, depth=16)), ("huge", 3.2, dict(D=1280, depth=20))):
     PRESETS[_name] = PRESETS["base"] | dict(mar=_mar | dict(heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1),
                                             sampling=PRESETS["base"]["sampling"] | dict(cfg=_cfg))
-# Length, batch, rates of each model; a warm-up below 1 is a share of the length.
-# tiny [ours]; base, large, huge: MixAR's alone, lr for `per` images [MAR]; their vae, vq and prior come as files.
+# length, batch and rates of each model; a warm-up below 1 is a share of the length. tiny [ours]; the others: MixAR's alone,
+# lr for `per` images [MAR]; their vae, vq and prior come as files.
 LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
 RECIPES = {
     "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
@@ -190,7 +190,7 @@ class MAR(nn.Module):
         """The discrete tokens of DC-SA and DC-CA at the continuous tokens' positions.   (B, N, d_d) -> (B, N, D)"""
         return self.z_proj_ln(self.discrete_emb(mixing.bits_to_codes(x_d)) + self.encoder_pos_embed_learned[:, self.K:])
 
-    def run(self, blocks, x, memory):
+    def run_blocks(self, blocks, x, memory):
         """The blocks one after the other; with `recompute` their inner activations are computed again in the backward pass, not kept."""
         for block in blocks:
             keep = not (self.recompute and torch.is_grad_enabled())
@@ -204,31 +204,34 @@ class MAR(nn.Module):
         none), m (B, N) bool (there or on the CPU) with the same count in every row, y (B,) int, drop (B,)
         bool: no class. -> z (B, N, D). ValueError on an uneven mask.
         """
+        if (m.sum(1) != m[0].sum()).any():
+            raise ValueError("the mask must hide the same number of tokens in every row")
+
+        # what goes in: the mixed sequence of Eq. (9) for dcmix, else x_c
         x = x_c
         if self.guidance == "dcmix":
             x = mixing.dc_mix(x_c, mixing.pad(x_d, self.d_c), m.to(x.device))                    # (B, N, d_c)       Eq. (9)
         x = self.embed(x, y, drop)                                           # (B, K + N, D)
         memory = self.discrete(x_d) if self.guidance in ("dcsa", "dcca") else None
         prefix = self.N if self.guidance == "dcsa" else 0                    # DC-SA: N more tokens, always visible
-        hidden = torch.nn.functional.pad(m, (self.K, 0))                     # (B, K + N) class tokens are visible
-        if self.guidance == "dcmix" and self.mix_at == "encoder":
-            hidden = torch.zeros_like(hidden)
-        if (m.sum(1) != m[0].sum()).any():
-            raise ValueError("the mask must hide the same number of tokens in every row")
-        keep = hidden.shape[1] - int(hidden[0].sum())
-        visible = hidden.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D).to(x.device)
 
+        # encoder: the visible tokens alone; with mix_at encoder all count as visible
+        masked = torch.nn.functional.pad(m, (self.K, 0))                     # (B, K + N) class tokens are visible
+        if self.guidance == "dcmix" and self.mix_at == "encoder":
+            masked = torch.zeros_like(masked)
+        keep = masked.shape[1] - int(masked[0].sum())
+        visible = masked.int().argsort(dim=1, stable=True)[:, :keep, None].expand(-1, -1, self.D).to(x.device)
         seen = x.gather(1, visible)                                          # (B, K + visible, D)
         if prefix:
             seen = torch.cat([memory, seen], dim=1)
-        seen = self.decoder_embed(self.encoder_norm(self.run(self.encoder_blocks, seen, memory)))
+        seen = self.decoder_embed(self.encoder_norm(self.run_blocks(self.encoder_blocks, seen, memory)))
 
-        # a masked position holds DC-Mix's embedded discrete token where MAR has its mask token
+        # decoder: every position; a masked one holds DC-Mix's embedded discrete token where MAR has its mask token
         x = self.decoder_embed(x) if self.guidance == "dcmix" else self.mask_token.expand_as(x)
         x = x.to(seen.dtype).scatter(1, visible, seen[:, prefix:]) + self.decoder_pos_embed_learned
         if prefix:
             x = torch.cat([seen[:, :prefix] + self.decoder_pos_embed_learned[:, self.K:], x], dim=1)
-        x = self.run(self.decoder_blocks, x, memory)
+        x = self.run_blocks(self.decoder_blocks, x, memory)
         return self.decoder_norm(x)[:, prefix + self.K:] + self.diffusion_pos_embed_learned      # (B, N, D)
 
 

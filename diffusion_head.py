@@ -143,8 +143,8 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(linear(W, W), nn.SiLU(), linear(W, W))
         self.adaLN_modulation = nn.Sequential(nn.Identity(), linear(W, 3 * W, zero=True))         # its SiLU is in Denoiser, once for all
 
-    def forward(self, h, y):
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+    def forward(self, h, condition):
+        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)
         return h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
 
 
@@ -154,8 +154,8 @@ class FinalLayer(nn.Module):
         self.linear = linear(W, 2 * C, zero=True)
         self.adaLN_modulation = nn.Sequential(nn.Identity(), linear(W, 2 * W, zero=True))
 
-    def forward(self, h, y):
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+    def forward(self, h, condition):
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return self.linear(layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
@@ -172,11 +172,11 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t, z):
         """x (..., M, C), t (..., M) or () int 0..999, z (M, D) -> eps, v, each (..., M, C) float32."""
-        y = silu(self.time_embed(t) + self.cond_embed(z))                    # (..., M, W)
+        condition = silu(self.time_embed(t) + self.cond_embed(z))            # (..., M, W)
         h = self.input_proj(x)
         for block in self.res_blocks:
-            h = block(h, y)
-        return self.final_layer(h, y).float().chunk(2, dim=-1)
+            h = block(h, condition)
+        return self.final_layer(h, condition).float().chunk(2, dim=-1)
 
 
 class DiffusionHead(nn.Module):
@@ -191,7 +191,7 @@ class DiffusionHead(nn.Module):
 
         z (M, D), x (M, C) the true tokens, t (R, M) int 0..999, noise (R, M, C), R draws -> (R, M).
         """
-        c = on_device(T, x.device)
+        c = process(T, x.device)
         x_t = add_noise(x, noise, t, c)
         eps, v = self.net(x_t, t, z)
         return denoising_loss(noise, eps) + variational_term(x, x_t, eps, v, t, c)
@@ -204,7 +204,7 @@ class DiffusionHead(nn.Module):
         scales only the per-step noise. With z_uncond (M, D) eps is guided, eps_u + scale (eps_c - eps_u),
         and v is the conditional one. bound: see model_distribution. -> (M, C).
         """
-        c, x = on_device(steps, z.device), noise[0]
+        c, x = process(steps, z.device), noise[0]
         for k, i in enumerate(reversed(range(steps))):
             if z_uncond is None:
                 eps, v = self.net(x, c.t[i], z)
@@ -217,7 +217,7 @@ class DiffusionHead(nn.Module):
         return x
 
 
-def on_device(n, device, _made={}):
+def process(n, device, _made={}):
     """`coefficients(n)` on `device`, made once."""
     if (n, device) not in _made:
         _made[n, device] = SimpleNamespace(**{k: v.to(device) for k, v in vars(coefficients(n)).items()})
