@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid
 import sample
+import tokenizers
 
 RESULTS = ROOT / "assets" / "findings.json"
 FASHION = "/usr/share/datasets/fashion-mnist"                                # Debian's package dataset-fashion-mnist
@@ -117,6 +118,15 @@ def time_methods(data, seed):
         entry = about(data, seed, f"time {guidance}", [*train, "&&", "python", *draw], start)
         entry["results"] = [dict(image=float(said.split(" s/image")[0]), epoch=round((log[150] - log[50]) / 100 * pictures / 32, 1))]
         (ROOT / runs / "findings" / f"{data} time {guidance}.json").write_text(json.dumps(entry))
+
+
+def validation(data):
+    """The 5,000 pictures on which settings were chosen, which no table uses -> runs0/DATA-validation.npz: shapes of a third seed, the end of fashion-mnist's train split."""
+    source = tokenizers.open_source("shapes" if data == "shapes" else FASHION, "train", 32, 5000 if data == "shapes" else None)
+    if data == "shapes":
+        source.seed = 2
+    pictures = np.stack([source.read(i) for i in range(len(source.labels))[-5000:]])
+    tokenizers.write_whole(ROOT / "runs0" / f"{data}-validation.npz", lambda file: np.savez(file, arr_0=pictures.transpose(0, 2, 3, 1)))
 
 
 def values(result):
@@ -247,7 +257,7 @@ def plots(entries):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("what", choices=["run", "time", "draw", "collect", "tables", "plots"])
+    p.add_argument("what", choices=["run", "time", "draw", "validation", "collect", "tables", "plots"])
     p.add_argument("data", nargs="?", choices=["shapes", "fashion-mnist"])
     p.add_argument("seed", nargs="?", type=int)
     p.add_argument("--only", nargs="*", help="keys of rows")
@@ -258,6 +268,8 @@ if __name__ == "__main__":
         time_methods(args.data, args.seed)
     elif args.what == "draw":
         draw(args.data, args.seed)
+    elif args.what == "validation":
+        validation(args.data)
     elif args.what == "collect":
         collect()
     elif args.what == "plots":
