@@ -221,11 +221,19 @@ def plot(draw, left, top, title, axis, lines, W=480, H=340):
     for y in np.arange(0, most, next(step for k in (0.01, 0.1, 1, 10) for step in (k, 2 * k, 5 * k) if most / step < 8)):
         draw.line([(x0 - 4, Y(y)), (x0, Y(y))], "black")
         write(x0 - 8, Y(y), f"{y:.3g}", "rm")
-    for x in set(xs):
-        write(X(x), y0 + 12, f"{x:g}", "mm")
-    for name, line in lines.items():
+    right = x0
+    for x in sorted(set(xs)):
+        if X(x) > right:                                                     # beside the tick before it
+            write(X(x), y0 + 12, f"{x:g}", "mm")
+            right = X(x) + 32
+    labels = []
+    for name, line in sorted(lines.items(), key=lambda item: -np.mean(item[1][-1][1])):
         draw.line([(X(x), Y(np.mean(n))) for x, n in line], COLOURS[name], 2)
-        write(X(line[-1][0]) + 8, Y(np.mean(line[-1][1])), name, "lm", COLOURS[name])
+        x, y = X(line[-1][0]) + 8, Y(np.mean(line[-1][1]))
+        while any(abs(x - a) < 50 and abs(y - b) < 15 for a, b in labels):   # below the label it would cover
+            y += 1
+        labels.append((x, y))
+        write(x, y, name, "lm", COLOURS[name])
     for name, x, mean, spread in points:
         draw.line([(X(x), Y(mean - spread)), (X(x), Y(mean + spread))], COLOURS[name])
         draw.ellipse([X(x) - 4, Y(mean) - 4, X(x) + 4, Y(mean) + 4], COLOURS[name])

@@ -499,6 +499,19 @@ def test_contradictions_are_one_line(flags, words):
         train.parse(flags)
 
 
+def test_the_optimiser_follows_the_recipe(runs):
+    """The rate of the last step, here in the warm-up, is the one in the optimiser: of the annealed VAE and of MixAR."""
+    for path, kind in ((runs / "shapes" / "vae", "vae"), (runs / "shapes-dcmix", "mixar")):
+        rate = train.learning_rate(backbone.RECIPES["tiny"][kind] | dict(steps=2), 1)
+        assert all(group["lr"] == pytest.approx(rate) for group in weights(path / "last.pt", "optimizer")["param_groups"])
+
+
+def test_a_run_knows_the_statistics_of_its_latents(runs):
+    """sample.py multiplies x_c by the deviation and adds the mean that the cache holds."""
+    cache, meta = tokenizers.read_meta(runs / "shapes" / "tokens"), weights(runs / "shapes-dcmix" / "last.pt", "meta")
+    assert meta["latent_mean"] == cache["mean"] and meta["latent_std"] == cache["std"] and len(set(cache["mean"])) == 8
+
+
 # ------------------------------------------------------------------ sampling
 
 @pytest.mark.parametrize("flags", [["--ar-steps", "0"], ["--prior-steps", "0"], ["--diffusion-steps", "1"], ["--diffusion-steps", "9:1"], ["--diffusion-steps", "9:5:2"],
