@@ -212,7 +212,8 @@ def plot(draw, left, top, title, axis, lines, W=480, H=340):
     points = [(name, x, np.mean(n), np.std(n, ddof=1) if len(n) > 1 else 0) for name, line in lines.items() for x, n in line]
     _, xs, means, spreads = zip(*points)
     most, x0, x1, y0, y1 = 1.05 * max(np.add(means, spreads)), left + 60, left + W - 90, top + H - 50, top + 40
-    X = lambda x: x0 + (x1 - x0) * (0.08 + 0.84 * np.log(x / min(xs)) / np.log(max(xs) / min(xs)))
+    span = np.log(max(xs) / min(xs)) or 1                                 # a single x stands at the left
+    X = lambda x: x0 + (x1 - x0) * (0.08 + 0.84 * np.log(x / min(xs)) / span)
     Y = lambda y: y0 + (y1 - y0) * y / most
     write = lambda x, y, text, anchor, colour="black": draw.text((x, y), text, colour, ImageFont.load_default(14), anchor)
     write(x0, top + 14, title, "lm")
