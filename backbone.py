@@ -86,8 +86,6 @@ def attention(q, k, v, heads, p=0.0):
     return out.transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------ p_theta(X_c | X_d): MAR
-
 class SelfAttention(nn.Module):
     def __init__(self, D, heads, p):
         super().__init__()
@@ -235,8 +233,6 @@ class MAR(nn.Module):
         return self.decoder_norm(x)[:, prefix + self.K:] + self.diffusion_pos_embed_learned      # (B, N, D)
 
 
-# ------------------------------------------------------------------ p_phi(X_d) and g_M: MaskBit's generator
-
 class MultiHead(nn.Module):
     """PyTorch's multi-head attention layout: in_proj_weight (3D, D), in_proj_bias, out_proj."""
 
@@ -312,8 +308,6 @@ class MaskBitPrior(nn.Module):
         logits = self.prediction_layer(self.last_layer(x))[:, :-1]                               # (B, N, S C)
         return logits.unflatten(-1, (self.splits, self.codes)).float()
 
-
-# ------------------------------------------------------------------ official files: known by their keys, sized by their shapes
 
 OFFICIAL = {"vae": ("KL-16 or VA-VAE", "quant_conv."), "vq": ("MaskBit tokenizer", "quantize."),             # what they are called, and
             "prior": ("MaskBit generator", "transformer."), "mixar": ("MAR", "diffloss.")}                   # how keys of theirs alone begin
@@ -410,8 +404,6 @@ def from_official(saved, kind, path, weights="ema"):
     except (LookupError, ZeroDivisionError) as error:
         raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
 
-
-# ------------------------------------------------------------------ the table of sections 4.1 and 4.2
 
 # name: preset, guidance, d_c, other head; the paper's parameters (M) and tokens without class tokens
 SIZES = {"MAR-B": ("base", "none", 16, {}, 208, ""), "MAR-L": ("large", "none", 16, dict(head_depth=8, head_width=1280), 479, ""),

@@ -32,7 +32,6 @@ import sample
 import tokenizers
 from tokenizers import world
 
-# ------------------------------------------------------------------ the measures
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), the distance of two normal distributions.   [Heusel 2017]
@@ -96,8 +95,6 @@ def merge(a, b):
     n, delta = n1 + n2, mean2 - mean1
     return n, mean1 + delta * n2 / max(n, 1), scatter1 + scatter2 + np.outer(delta, delta) * n1 * n2 / max(n, 1)
 
-
-# ------------------------------------------------------------------ features: Inception-v3 of 2015-12-05, those of FID
 
 five = lambda w: dict(branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3", branch_pool=f"{w} 1x1")
 six = lambda w: dict(branch1x1="192 1x1", branch7x7=f"{w} 1x1, {w} 1x7, 192 7x1",
@@ -281,8 +278,6 @@ def find_extractor(args, run):
     return model
 
 
-# ------------------------------------------------------------------ pictures: runs, folders, npz files, data sets
-
 def kind_of(what):
     """"run", "npz", "data" or "folder". SystemExit if there is no such thing."""
     path = Path(what)
@@ -290,10 +285,7 @@ def kind_of(what):
         return "npz" if path.suffix == ".npz" else "run"
     if what != "shapes" and not path.is_dir():
         raise SystemExit(f"{what}: no such run, folder, npz file or data set (shapes is one)")
-    if what == "shapes" or (path / "train").is_dir() or list(path.glob("*idx?-ubyte*")):
-        return "data"
-    inside = [p for p in path.iterdir() if p.is_dir() or p.suffix.lower() in tokenizers.EXTENSIONS]
-    return "data" if len(inside) > 1 and all(p.is_dir() for p in inside) else "folder"
+    return "data" if what == "shapes" or list(path.glob("*idx?-ubyte*")) or any(p.is_dir() for p in path.iterdir()) else "folder"
 
 
 def read_npz(what):
@@ -310,14 +302,6 @@ def read_npz(what):
         raise SystemExit(f"{what}: expected an npz file with arr_0, or with mu and sigma; {error}") from None
 
 
-def open_data(data, size, count):
-    """The held-out pictures of a data set, or those of its train split if it has none, and which."""
-    try:
-        return tokenizers.open_source(data, "test", size, count), "held out"
-    except LookupError:
-        return tokenizers.open_source(data, "train", size, count), "train, nothing is held out"
-
-
 def open_pictures(what, count, size, args, run=None):
     """-> numbered pictures, what to do with a batch of them, and a note for the report. run: the System of `what` if it is a run.
 
@@ -327,23 +311,21 @@ def open_pictures(what, count, size, args, run=None):
     (rank, ranks), note, steps = world(), dict(source=what, kind=kind_of(what)), []
     if note["kind"] == "npz":
         return islice(enumerate(read_npz(what)), rank, count, ranks), steps, note
-    if run:
+    if run and not args.truth:
         source = SimpleNamespace(read=lambda i: None, labels=np.arange(count) % len(run.meta["classes"]))
-        if args.truth:
-            source, note["split"] = open_data(run.meta["data"], run.size, count)
-            held_out = len(source.labels) if note["split"] == "held out" else 0
-            if count > held_out:
-                raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
-            if source.classes != run.meta["classes"]:
-                raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
+    else:
+        source = tokenizers.open_source(run.meta["data"] if run else what, "test", size, count)
+        note["split"] = "held out" if source.held_out else "all, nothing is held out"
+    if run and args.truth:
+        held_out = len(source.labels) * source.held_out
+        if count > held_out:
+            raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
+        if source.classes != run.meta["classes"]:
+            raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
+    if run:
         steps.append(partial(draw, run, source.labels, args))
         note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", *sample.PARTS)}
         note |= dict(step=run.step, settings=run.settings)
-    elif note["kind"] == "data":
-        source, note["split"] = open_data(what, size, count)
-    else:
-        files = sorted(p for p in Path(what).rglob("*") if p.suffix.lower() in tokenizers.EXTENSIONS)
-        source = SimpleNamespace(read=partial(tokenizers.Folder.read, SimpleNamespace(files=files, size=size)), labels=files)
     return ((i, source.read(i)) for i in range(len(source.labels))[rank:count:ranks]), steps, note
 
 
@@ -456,11 +438,10 @@ def evaluate(args):
         raise SystemExit("--kid needs something to compare with; give B")
     if saved and (args.kid or args.rfd):
         raise SystemExit(f"--kid and --rfd need single pictures, and {next(iter(saved))} holds statistics")
-    if world()[0] > 0:                                                       # process 0 fetches or trains, the others then read
-        tokenizers.barrier()
+    if world()[0] == 0:                                                      # fetches or trains, the others then read
+        find_extractor(args, run)
+    tokenizers.barrier()
     extractor = find_extractor(args, run)
-    if world()[0] == 0:
-        tokenizers.barrier()
     for what, found in saved.items():
         if found["note"]["extractor"] not in (extractor.name, "not recorded"):
             raise SystemExit(f"{what} holds features of {found['note']['extractor']}, not of {extractor.name}")

@@ -1,9 +1,11 @@
-"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper, and what Eqs. (7) and (3) do to tokens.
+"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper, and what Eqs. (3), (4), (6), (7) do to tokens.
 
 Pure functions on tensors. Every random number is an argument; nothing here draws one and nothing
 here changes its inputs.
 
     Eq. (3)   masked_loss      the prior's loss
+    Eq. (4)   prior_guidance   how the guidance grows while the prior draws X_d
+    Eq. (6)   hidden_after     how many X_c each AR step leaves hidden
     Eq. (7)   reparameterize, quantise   x_c and x_d from what the encoders put out; losses
     Eq. (8)   sample_mask      which tokens to predict
     Eq. (9)   dc_mix           x_d where the mask is 1, x_c elsewhere      (DC-Mix)
@@ -21,7 +23,6 @@ import math
 import torch
 from scipy.special import ndtr, ndtri
 
-# ------------------------------------------------------------------ Eq. (7): x_c and x_d
 
 def reparameterize(mean, logvar, eps):
     """A posterior sample from the given standard normal draw, all (B, z, h, w)."""
@@ -67,8 +68,6 @@ def codes_to_bits(codes, e):
     bits = (codes[..., None] >> torch.arange(e, device=codes.device) & 1).float() * 2 - 1
     return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
 
-
-# ------------------------------------------------------------------ Eqs. (8) to (12)
 
 def check_mask(m, *tensors):
     """ValueError unless m is (B, N) bool and every tensor is (B, N, d) with one common d."""
@@ -174,8 +173,6 @@ def ti_lambda(step, steps):
     return 1 - step / max(steps - 1, 1)
 
 
-# ------------------------------------------------------------------ Eq. (3)
-
 def training_mask(u_ratio, u_code):
     """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
 
@@ -190,3 +187,13 @@ def masked_loss(logits, codes):
     logits (B, N, S, 2^e), codes (B, N, S) int -> scalar. The paper's sum is over the hidden codes alone.
     """
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
+
+
+def prior_guidance(g, power, i, steps):
+    """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
+    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
+
+
+def hidden_after(s, steps, N, hidden):
+    """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
+    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))

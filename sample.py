@@ -31,8 +31,6 @@ import backbone
 import mixing
 import tokenizers
 
-# ------------------------------------------------------------------ checkpoints: ours, and the official files
-
 PARTS = ("vae", "vq", "prior")
 KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
 
@@ -95,29 +93,10 @@ def load_model(path, kind, weights="ema"):
     return build(kind, config, state, path), dict(config=config, step=0, meta=backbone.mar_meta(config) if kind == "mixar" else {})
 
 
-# ------------------------------------------------------------------ random numbers and precision
-
-class Draws:
-    """Random numbers of each image of a batch, a function of (seed, image index, stream)."""
-
-    def __init__(self, seed, indices, stream, device="cpu"):
-        self.device = device
-        self.generators = [np.random.Generator(np.random.Philox(key=[seed, 2 * int(i) + stream])) for i in indices]
-
-    def stack(self, draw):
-        return torch.tensor(np.stack([draw(g) for g in self.generators])).to(self.device)
-
-    def uniform(self, *shape):
-        return self.stack(lambda g: g.random(shape, dtype=np.float32))
-
-    def normal(self, *shape):
-        return self.stack(lambda g: g.standard_normal(shape, dtype=np.float32))
-
-    def gumbel(self, *shape):
-        return self.stack(lambda g: g.gumbel(size=shape).astype(np.float32))
-
-    def order(self, N):
-        return self.stack(lambda g: g.permutation(N))
+def draws(seed, indices, stream, device="cpu"):
+    """Random numbers of each image of a batch: draw(f) stacks f(generator) of all, each generator a function of (seed, image index, stream)."""
+    generators = [np.random.Generator(np.random.Philox(key=[seed, 2 * int(i) + stream])) for i in indices]
+    return lambda f: torch.tensor(np.stack([f(generator) for generator in generators])).to(device)
 
 
 def autocast(amp, device):
@@ -144,13 +123,6 @@ def keep_memory():
         libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
 
 
-# ------------------------------------------------------------------ X_d ~ p_phi(X_d)
-
-def prior_guidance(g, power, i, steps):
-    """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
-    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
-
-
 @torch.no_grad()
 def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     """Eq. (4): X_d from all masked in `steps` steps, keeping the most certain codes each time.   [MaskBit]
@@ -163,7 +135,7 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     drop_none = torch.zeros(B, dtype=torch.bool, device=y.device)
     for i in range(steps):
         r, known = (i + 1) / steps, codes < 2 ** e                           # known: kept in earlier steps
-        x, g = mixing.codes_to_bits(codes, e), prior_guidance(guidance, power, i, steps)
+        x, g = mixing.codes_to_bits(codes, e), mixing.prior_guidance(guidance, power, i, steps)
         if g != 0:
             logits, without_class = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([drop_none, ~drop_none])).chunk(2)
             logits = logits + g * (logits - without_class)
@@ -179,13 +151,6 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     return mixing.codes_to_bits(drawn, e)
 
 
-# ------------------------------------------------------------------ X_c ~ p_theta(X_c | X_d)
-
-def hidden_after(s, steps, N, hidden):
-    """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
-    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))
-
-
 @torch.no_grad()
 def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, bound=None, on_step=None):
     """Eq. (6): fill the masked X_c in ar_steps steps, each token by the diffusion head.   [MAR]
@@ -199,7 +164,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
     drop_all = torch.ones(B, dtype=torch.bool, device=order.device)
     for s in range(ar_steps):
-        m, left = mixing.hide(order, hidden), hidden_after(s, ar_steps, N, hidden)
+        m, left = mixing.hide(order, hidden), mixing.hidden_after(s, ar_steps, N, hidden)
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         left = 0 if s == ar_steps - 1 else left
         now = m & ~mixing.hide(order, left)
@@ -212,8 +177,6 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
             on_step(mixing.hide(order, hidden))
     return x_c
 
-
-# ------------------------------------------------------------------ a run: prior, MixAR, tokenizers
 
 def to_bytes(x):
     """Pictures in [-1, 1] to uint8, rounded half to even.   [MAR]"""
@@ -270,16 +233,17 @@ class System:
         """X_d of the images `indices` with classes y (B,) -> bits (B, N, d_d), or None without a prior."""
         if not self.prior:
             return None
-        draws, shape = Draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
+        draw, shape = draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
+        uniform, gumbel = lambda: draw(lambda g: g.random(shape, np.float32)), lambda: draw(lambda g: g.gumbel(size=shape)).float()
         with autocast(self.amp, self.device):
-            return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, draws.uniform(*shape)), lambda: draws.gumbel(*shape),
+            return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, uniform()), gumbel,
                                 settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
 
     def draw_continuous(self, seed, indices, y, x_d, settings, on_step=None):
         """X_c given X_d -> (B, N, d_c), normalised."""
-        draws, C = Draws(seed, indices, 1, self.device), self.model.d_c
-        order = draws.order(self.model.N)
-        noise = lambda now, n: draws.normal(n, int(now[0].sum()), C).transpose(0, 1).flatten(1, 2)
+        draw, C = draws(seed, indices, 1, self.device), self.model.d_c
+        order = draw(lambda g: g.permutation(self.model.N))
+        noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), C), np.float32)).transpose(0, 1).flatten(1, 2)
         with autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, settings["ar_steps"], settings["diffusion_steps"], settings["cfg"], settings["cfg_schedule"],
                             settings["temperature"], settings["bound"], on_step)
@@ -366,10 +330,10 @@ def wanted_classes(text, classes):
     """"all", or comma-separated names or numbers -> list of ints. SystemExit naming an unknown class."""
     if text == "all":
         return list(range(len(classes)))
-    unknown = [name for name in text.split(",") if name not in classes and not (name.isdecimal() and int(name) < len(classes))]
-    if unknown:
+    number = {str(k): k for k in range(len(classes))} | {name: k for k, name in enumerate(classes)}
+    if unknown := [name for name in text.split(",") if name not in number]:
         raise SystemExit(f"--classes {unknown[0]}: unknown class; the run has {', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}")
-    return [classes.index(name) if name in classes else int(name) for name in text.split(",")]
+    return [number[name] for name in text.split(",")]
 
 
 def draw_pngs(system, folder, labels, settings, args, rank, ranks):

@@ -16,10 +16,10 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,8 @@ from tqdm import tqdm
 
 from mixing import bits_to_codes, codes_to_bits, quantise, reparameterize
 
-# ------------------------------------------------------------------ both tokenizers
 
-def norm(c, groups):
-    return nn.GroupNorm(groups, c, eps=1e-6)
+norm = partial(nn.GroupNorm, eps=1e-6)                                       # groups, channels
 
 
 class ResBlock(nn.Module):
@@ -47,8 +45,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, maskbit, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
-        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
+        self.norm1, self.conv1 = norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
+        self.norm2, self.conv2 = norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
         self.maskbit = maskbit
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_out if maskbit else c_in, c_out, 1, bias=not maskbit)
@@ -63,7 +61,7 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = norm(c, groups)
+        self.norm = norm(groups, c)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
@@ -114,7 +112,7 @@ def encoder(widths, blocks, out, maskbit, groups):
     return nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit),
         down=levels(widths, blocks, [False] * (len(widths) - 1) + [not maskbit], maskbit, groups, "halve"),
-        mid=Level(c, c, *middle, maskbit, groups), norm_out=norm(c, groups), silu=nn.SiLU(),
+        mid=Level(c, c, *middle, maskbit, groups), norm_out=norm(groups, c), silu=nn.SiLU(),
         conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
 
 
@@ -127,7 +125,7 @@ def decoder(widths, blocks, z, attn, maskbit, groups):
     return nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], *middle, maskbit, groups),
         up=levels(widths, count, [attn] + [False] * (len(widths) - 1), maskbit, groups, "double"),
-        norm_out=norm(widths[-1], groups), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
+        norm_out=norm(groups, widths[-1]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
 
 
 class KLVAE(nn.Module):
@@ -175,8 +173,6 @@ class BitVQ(nn.Module):
         return self.decoder(x_d)
 
 
-# ------------------------------------------------------------------ images
-
 def center_crop(image, size):
     """ADM's centre crop of a Pillow image: halve with BOX while twice too large, resize BICUBIC, crop.   [MAR]"""
     while min(image.size) >= 2 * size:
@@ -202,21 +198,19 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class Folder:
-    """Class folders of pictures: DIR/class/picture. With DIR/train and DIR/val (or test) these are the splits."""
+    """Class folders of pictures, DIR/class/picture; without folders in it, DIR is one class. With DIR/train and DIR/val (or test) these are the splits."""
 
     mirror = True                                                            # horizontal flips are cached too [MAR]
 
     def __init__(self, root, split, size):
-        names, self.size = dict(train=["train"], test=["val", "test"])[split], size
-        root = next((root / name for name in names if (root / name).is_dir()), root if split == "train" else None)
-        if root is None:
-            raise LookupError("no held-out pictures (no folder val or test)")
-        self.classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        files = [sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in EXTENSIONS) for name in self.classes]
-        if not files:
-            raise SystemExit(f"{root}: no class folders with pictures and no MNIST-family idx files found")
+        names, self.size = dict(train=["train"], test=["val", "test", "train"])[split], size
+        found = [root / name for name in names if (root / name).is_dir()]
+        root, self.held_out = found[0] if found else root, found[:1] not in ([], [root / "train"])
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) or [root]
+        self.classes = [folder.name for folder in folders]
+        files = [sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS) for folder in folders]
         if [] in files:
-            raise SystemExit(f"{root / self.classes[files.index([])]}: this class folder holds no pictures; remove it or fill it")
+            raise SystemExit(f"{folders[files.index([])]}: no pictures in this folder" + (", and no MNIST-family idx files" if folders == [root] else "; remove it or fill it"))
         self.files, self.labels = sum(files, []), np.repeat(np.arange(len(files)), [len(some) for some in files])
 
     def read(self, i):
@@ -235,7 +229,7 @@ def read_idx(path):
             raise ValueError("it does not hold bytes")
         shape = np.frombuffer(data, ">u4", data[3], 4)
         return np.frombuffer(data, np.uint8, int(np.prod(shape)), 4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+    except Exception as error:                                               # a damaged file can fail in any way
         raise SystemExit(f"{path}: not a readable idx file ({error})") from None
 
 
@@ -245,10 +239,9 @@ class Idx:
     mirror = False                                                           # digits and shoes point one way
 
     def __init__(self, root, split, size):
-        prefix = dict(train="train", test="t10k")[split]
+        self.held_out = split == "test" and any(root.glob("t10k-*ubyte*"))
+        prefix = "t10k" if self.held_out else "train"
         found = [sorted(root.glob(f"{prefix}-{what}*ubyte*")) for what in ("images", "labels")]
-        if not any(found) and split == "test":
-            raise LookupError("no held-out pictures (no t10k files)")
         if not all(found):
             raise SystemExit(f"{root}: needs {prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte (.gz or not)")
         (self.images, labels), self.size = (read_idx(paths[0]) for paths in found), size
@@ -272,7 +265,7 @@ class Shapes:
     """
 
     classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
-    mirror = False
+    mirror, held_out = False, True
 
     def __init__(self, split, size, count):
         self.seed, self.size, self.labels = {"train": 0, "test": 1}[split], size, np.arange(count) % 10
@@ -310,10 +303,10 @@ class Shapes:
 
 
 def open_source(data, split, size, count):
-    """The pictures of `data` ("shapes" or a folder), at most `count`.
+    """The pictures of `data` ("shapes" or a folder), at most `count`; split "train", or "test": those held out, or all if none are.
 
-    An object with labels (n,) int64, classes, mirror, size, made_from and read(i) -> uint8 (3, size, size) or the reason
-    why not as text. SystemExit with one line if there is no such data, LookupError if it has no test split.
+    An object with labels (n,) int64, classes, mirror, held_out, size, made_from and read(i) -> uint8 (3, size, size) or the
+    reason why not as text. SystemExit with one line if there is no such data.
     """
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
@@ -328,8 +321,6 @@ def open_source(data, split, size, count):
         source.made_from["names"] = hashlib.sha256("\n".join(map(str, source.files)).encode()).hexdigest()[:16]
     return source
 
-
-# ------------------------------------------------------------------ files: saved whole or not at all; processes
 
 def world():
     """This process's rank and how many there are."""
@@ -372,8 +363,6 @@ def fingerprint(module):
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
-# ------------------------------------------------------------------ caches: pixels and tokens of every picture
 
 def fill(folder, source, arrays, make, batch=64, **made_with):
     """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together.

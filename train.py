@@ -34,7 +34,6 @@ import sample
 import tokenizers
 from tokenizers import barrier, world
 
-# ------------------------------------------------------------------ the step of the paper
 
 def mixar_loss(model, batch, draw, step, prior, args):
     """Eqs. (7) to (12), (6), (5) on one batch -> mean loss per masked token.
@@ -88,8 +87,6 @@ def vq_loss(model, batch, draw, step):
     return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
 
 
-# ------------------------------------------------------------------ processes, data order, random numbers
-
 def mean_over_ranks(q):
     """The value is the mean over ranks; the gradient flows through this rank's own q, which DDP then averages."""
     if not dist.is_initialized():
@@ -127,8 +124,6 @@ def draw_batches(args, get_batch, n, B, step, parts):
     draws = [Draw(args.seed, step, B, torch.device(args.device), part, parts) for part in range(parts)]
     return [(tuple(a.to(args.device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
 
-
-# ------------------------------------------------------------------ the loop
 
 class Loss(nn.Module):
     """A loss as a module, so that DistributedDataParallel sees one forward call."""
@@ -302,8 +297,6 @@ def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, met
     barrier()
 
 
-# ------------------------------------------------------------------ the stages
-
 def done(path, kind, steps):
     """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a stage with `steps` steps behind it (None: those it was begun for)."""
     if path.is_file() or not (path / "last.pt").is_file():
@@ -374,15 +367,8 @@ def train_mixar(args, shared, files, run, tokens):
     fit(args, "mixar", run, model, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of the flags that have one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     count, number, share = (dict(type=sample.within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="shapes", help="shapes (drawn here), a folder of class folders, or a folder of MNIST-family idx files; cropped to the preset's 32 or 256 pixels")
@@ -398,12 +384,12 @@ def parse(argv=None):
     g = p.add_argument_group("length and rate (unset: the preset's recipe)")
     for kind in ("vae", "vq", "prior"):
         g.add_argument(f"--{kind}-steps", **count, help=f"steps of stage {kind}")
-    g.add_argument("--steps", dest="mixar_steps", **count, help="steps of stage mixar")
-    g.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures instead [MAR: 400; paper: 320, Fig. 7, and 200 + 200, Fig. 8]")
     g.add_argument("--batch-size", **count, help="global batch of every stage, whatever the number of processes")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--steps", dest="mixar_steps", **count, help="steps of stage mixar")
+    length.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures instead [MAR: 400; paper: 320, Fig. 7, and 200 + 200, Fig. 8]")
     g.add_argument("--lr", dest="mixar_lr", **number, help="learning rate of stage mixar, constant after the warm-up [MAR]")
     g.add_argument("--warmup", dest="mixar_warmup", **number, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
-    g.add_argument("--weight-decay", dest="mixar_decay", **number, help="of stage mixar, on matrices outside the head [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
     g.add_argument("--min-mask", **share, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
     g.add_argument("--draws", dest="mixar_draws", **count, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
@@ -422,6 +408,8 @@ def parse(argv=None):
     g.add_argument("--sample-every", type=sample.within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
     g.add_argument("--log-every", **count, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
+    for action in p._actions:
+        action.help += " (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else ""
     return settle(p.parse_args(argv))
 
 
@@ -438,12 +426,10 @@ def settle(args):
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
         raise SystemExit(f"--mix-at encoder is for --guidance dcmix, not {args.guidance}")
-    if args.mixar_steps and args.mixar_epochs is not None:
-        raise SystemExit("--steps and --epochs both set the length of stage mixar; give one of them")
     if args.mixar_epochs is not None:
         args.recipe["mixar"].pop("steps", None)
     for kind, recipe in args.recipe.items():
-        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup", "decay")} | dict(batch=args.batch_size)
+        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup")} | dict(batch=args.batch_size)
         recipe |= {name: flag for name, flag in flags.items() if flag is not None}
         if "per" in recipe and flags["lr"] is None:
             recipe["lr"] *= recipe["batch"] / recipe["per"]

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,10 +74,10 @@ def bench_generate():
     for amp, B in PRECISIONS:
         for cfg in (1.0, 3.0):
             def run():
-                draws = sample.Draws(0, range(B), 1)
-                noise = lambda now, n: draws.normal(n, int(now[0].sum()), 32).transpose(0, 1).flatten(1, 2)
+                draw = sample.draws(0, range(B), 1)
+                noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), 32), np.float32)).transpose(0, 1).flatten(1, 2)
                 with sample.autocast(amp, torch.device("cpu")):
-                    sample.generate(model, torch.ones(B, 256, 14), torch.arange(B), draws.order(256), noise, 8, 100, cfg)
+                    sample.generate(model, torch.ones(B, 256, 14), torch.arange(B), draw(lambda g: g.permutation(256)), noise, 8, 100, cfg)
             report(f"MAR-B 8 x 100 steps, guidance {cfg:.0f}", amp, B, run, 1)
 
 
@@ -87,10 +88,10 @@ def bench_maskbit():
     model = backbone.MaskBitPrior(N=256, bits=14, classes=1000, **backbone.PRESETS["base"]["prior"]).eval()
     for amp, B in PRECISIONS:
         def run():
-            draws = sample.Draws(0, range(B), 0)
+            draw = sample.draws(0, range(B), 0)
             with sample.autocast(amp, torch.device("cpu")):
-                sample.sample_prior(model, torch.arange(B), lambda logits: mixing.sample_codes(logits, draws.uniform(256, 2)),
-                                    lambda: draws.gumbel(256, 2), 4, 7.1, 3.0, 7.8)
+                sample.sample_prior(model, torch.arange(B), lambda logits: mixing.sample_codes(logits, draw(lambda g: g.random((256, 2), np.float32))),
+                                    lambda: draw(lambda g: g.gumbel(size=(256, 2))).float(), 4, 7.1, 3.0, 7.8)
         report("MaskBit 14 bit, 4 guided steps", amp, B, run, 2)
 
 

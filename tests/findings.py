@@ -153,7 +153,7 @@ def draw(data, seed, columns=20):
     sample.save_grid(torch.cat(rows), ROOT / "assets" / f"findings-{data}.png", columns)
 
 
-# ------------------------------------------------------------------ the README's tables
+# the README's tables
 
 TABLE_1 = (("held-out pictures through the VAE (x_c)", "dcmix", 1, "1.01M"), ("held-out pictures through the bit tokenizer (x_d)", "dcmix", 2, "0.60M"),
            ("discrete decode: the prior's X_d alone", "discrete", 0, "0.83M"), ("none (plain MAR on the same x_c)", "none", 0, "2.45M"),
@@ -202,7 +202,7 @@ def tables(entries):
     return {name: table for name, table in made.items() if table.count("\n") > 1}                # without those that have no row yet
 
 
-# ------------------------------------------------------------------ the README's plots
+# the README's plots
 
 COLOURS = dict(none="#777777", dcmix="#c03020", dcsa="#2060c0", dcca="#209050", deeper="#c08020", fixed="#c03020", falling="#2060c0")
 

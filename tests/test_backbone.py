@@ -15,7 +15,7 @@ import tokenizers
 T, F = True, False
 
 
-# ------------------------------------------------------------------ Eq. (6): what z may depend on
+# Eq. (6): what z may depend on
 
 @cache
 def small(guidance, mix_at="decoder", d_d=3):
@@ -115,7 +115,7 @@ def test_eq06_leaves_its_inputs_unchanged():
         assert all(torch.equal(a, b) for a, b in zip(given, kept)), guidance
 
 
-# ------------------------------------------------------------------ Eq. (9) inside the backbone
+# Eq. (9) inside the backbone
 
 MIXED = [("dcmix", "decoder"), ("dcmix", "encoder")]
 
@@ -195,7 +195,7 @@ def test_an_unknown_guidance_is_an_error():
         small("dcmix", "middle")
 
 
-# ------------------------------------------------------------------ sizes: Tables 1 and 2
+# sizes: Tables 1 and 2
 
 def parameters(preset, guidance):
     """{name: number of parameters} at 256 x 256, d_c = 32, 14 bits, 1000 classes; no memory is used."""
@@ -231,7 +231,7 @@ def test_dcsa_and_dcca_add_what_the_paper_says():
     assert cross == {f"{part}_blocks.{i}" for part in ("encoder", "decoder") for i in range(16)}
 
 
-# ------------------------------------------------------------------ MAR, against the official one
+# MAR, against the official one
 
 def tiny_mar(probe=None):
     return golden.model("mixar", "mar_tiny", probe).requires_grad_()
@@ -307,7 +307,7 @@ def test_golden_mar_training_step(g):
     assert norm == pytest.approx(float(g["train_grad_global_norm"]), rel=2e-4)
 
 
-# ------------------------------------------------------------------ Eq. (6), sampled: MAR's generation loop
+# Eq. (6), sampled: MAR's generation loop
 
 @pytest.mark.parametrize("name, steps, cfg, schedule", [
     ("zero_iter8_cfg1", 8, 1.0, "linear"), ("zero_iter8_cfg3", 8, 3.0, "linear"),
@@ -375,7 +375,7 @@ def test_golden_generation_schedule_of_16_tokens(name):
     g, hidden, model = golden.load("mar_sample_tiny"), 16, Recorder()
     masks = g[f"{name}_mask_len"].tolist()
     for s, expected in enumerate(masks):
-        hidden = sample.hidden_after(s, len(masks), 16, hidden)
+        hidden = mixing.hidden_after(s, len(masks), 16, hidden)
         assert hidden == expected, f"step {s}"
     schedule = "constant" if "constant" in name else "linear"
     sample.generate(model, None, torch.tensor([0]), torch.arange(16)[None], lambda now, n: None, len(masks), 25, 3.0, schedule)
@@ -446,7 +446,7 @@ def test_more_steps_than_tokens_still_fill_every_token_once():
     assert (predicted == 1).all() and (x_c != 0).all() and x_c.isfinite().all()
 
 
-# ------------------------------------------------------------------ g_M, against MaskBit's generator
+# g_M, against MaskBit's generator
 
 def tiny_prior(prenorm, probe=None):
     return golden.model("prior", f"maskbit_generator_tiny_{'pre' if prenorm else 'post'}norm", probe).requires_grad_()
@@ -526,7 +526,7 @@ def test_golden_masked_loss(bit):
         assert golden.difference(p.grad, bit[f"mlm_grad_{name}"]) < 1e-5, name
 
 
-# ------------------------------------------------------------------ Eq. (4): MaskBit's sampler
+# Eq. (4): MaskBit's sampler
 
 class FixedPrior:
     """A prior of 16 tokens with given logits, other ones where the label is dropped."""
@@ -583,7 +583,7 @@ def test_golden_prior_schedule_of_512_codes(bit, steps):
 @pytest.mark.parametrize("steps", [8, 64, 256])
 def test_golden_prior_guidance(bit, steps):
     """MaskBit's cosine guidance of power 3: 0 in the first step, never quite 5.8."""
-    found = torch.tensor([sample.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
+    found = torch.tensor([mixing.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
     assert golden.difference(found, bit[f"schedule_guidance_{steps}"]) < 1e-6
 
 

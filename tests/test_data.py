@@ -121,21 +121,33 @@ def test_two_programs_filling_one_cache_are_noticed(tmp_path):
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: this class folder holds no pictures"):
+    with pytest.raises(SystemExit, match="empty: no pictures in this folder; remove it or fill it"):
         tokenizers.open_source(str(folder), "train", 32, None)
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         tokenizers.open_source(str(tmp_path / "nowhere"), "train", 32, None)
     (tmp_path / "void").mkdir()
-    with pytest.raises(SystemExit, match="void: no class folders"):
+    with pytest.raises(SystemExit, match="void: no pictures in this folder, and no MNIST-family idx files"):
         tokenizers.open_source(str(tmp_path / "void"), "train", 32, None)
 
 
 def test_train_and_val_folders_are_the_splits(folder, tmp_path):
+    """Where nothing is held out, the test split is the other one, and says so."""
     picture(tmp_path / "set" / "train" / "cat" / "a.png")
+    part, all_of_them = (tokenizers.open_source(str(tmp_path / "set"), split, 32, None) for split in ("test", "train"))
+    assert part.files == all_of_them.files and not part.held_out
     picture(tmp_path / "set" / "val" / "cat" / "b.png", colour=(0, 0, 255))
-    assert tokenizers.open_source(str(tmp_path / "set"), "test", 32, None).read(0)[2, 5, 5] == 255
-    with pytest.raises(LookupError):
-        tokenizers.open_source(str(folder), "test", 32, None)
+    held_out = tokenizers.open_source(str(tmp_path / "set"), "test", 32, None)
+    assert held_out.held_out and len(held_out.files) == 1 and held_out.read(0)[2, 5, 5] == 255
+    assert tokenizers.open_source(str(tmp_path / "set"), "train", 32, None).files == all_of_them.files
+    whole = tokenizers.open_source(str(folder), "test", 32, None)
+    assert whole.files == tokenizers.open_source(str(folder), "train", 32, None).files and not whole.held_out
+
+
+def test_a_folder_of_pictures_alone_is_one_class(tmp_path):
+    for name in ("b.png", "a.png"):
+        picture(tmp_path / "set" / name)
+    source = tokenizers.open_source(str(tmp_path / "set"), "train", 32, None)
+    assert source.classes == ["set"] and source.labels.tolist() == [0, 0] and [file.name for file in source.files] == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("opener, ending", [(open, ""), (gzip.open, ".gz")])
@@ -143,8 +155,8 @@ def test_idx_files_gz_or_not(tmp_path, opener, ending):
     images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
     write_idx(tmp_path / f"train-images-idx3-ubyte{ending}", images, opener)
     write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", np.array([2, 0, 1], np.uint8), opener)
-    source = tokenizers.open_source(str(tmp_path), "train", 32, None)
-    assert source.labels.tolist() == [2, 0, 1] and not source.mirror
+    source, same = (tokenizers.open_source(str(tmp_path), split, 32, None) for split in ("train", "test"))
+    assert source.labels.tolist() == same.labels.tolist() == [2, 0, 1] and not source.mirror and not same.held_out
     assert (source.read(1)[:, 2:30, 2:30] == images[1]).all() and source.read(1)[:, :2].max() == 0
 
 

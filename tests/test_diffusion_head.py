@@ -11,7 +11,7 @@ from torch import nn
 import diffusion_head
 import golden
 
-# ------------------------------------------------------------------ Eq. (5)
+# Eq. (5)
 
 # x^t of a process with three timesteps, abar = 1, 0.64, 0: no noise, some noise, noise only.
 THREE = SimpleNamespace(sqrt_abar=torch.tensor([1.0, 0.8, 0.0]), sqrt_1m_abar=torch.tensor([0.0, 0.6, 1.0]))
@@ -170,7 +170,7 @@ def test_eq05_leaves_its_inputs_unchanged():
     assert (x.tolist(), noise.tolist(), t.tolist()) == ([[1, 2]], [[[3, 4]]], [[5]])
 
 
-# ------------------------------------------------------------------ the loss, against MAR
+# the loss, against MAR
 
 @pytest.fixture(scope="module")
 def mar():
@@ -225,7 +225,7 @@ def test_loss_of_several_draws_is_the_loss_of_each(mar, head):
         assert golden.difference(both[r], head.loss(z, x, t[r:r + 1], noise[r:r + 1])[0]) < 1e-5
 
 
-# ------------------------------------------------------------------ the head, against MAR
+# the head, against MAR
 
 def test_golden_head(mar, head):
     """Sinusoids of t, time embedding, and the raw output eps, v."""
@@ -257,7 +257,7 @@ def test_a_fresh_head_predicts_zero():
     assert not eps.any() and not v.any()
 
 
-# ------------------------------------------------------------------ the process, against MAR
+# the process, against MAR
 
 def test_golden_cosine_schedule(process):
     """The 1000 betas before respacing."""
@@ -315,7 +315,7 @@ def test_bound_limits_x_0_alone():
         torch.testing.assert_close(log_variance, (c.log_beta[24] + c.log_var[24]).expand(1, 3) / 2)
 
 
-# ------------------------------------------------------------------ the sampler, against MAR
+# the sampler, against MAR
 
 class Analytic(nn.Module):
     """The exact denoiser of independent normal tokens (mean mu, variance s2): a well conditioned stand-in for a trained head."""

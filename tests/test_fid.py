@@ -34,7 +34,7 @@ def moments(x):
     return np.mean(x, 0, dtype=np.float64), np.cov(x, rowvar=False)
 
 
-# ------------------------------------------------------------------ the Frechet distance
+# the Frechet distance
 
 def test_frechet_distance_of_two_normals_on_a_line():
     """In one dimension it is (mu1 - mu2)^2 + (s1 - s2)^2 with the DEVIATIONS s: here 2^2 + (2 - 3)^2."""
@@ -73,7 +73,7 @@ def test_frechet_distance_refuses_what_does_not_fit():
             fid.frechet_distance(*bad)
 
 
-# ------------------------------------------------------------------ statistics
+# statistics
 
 def merged(batches):
     """Mean and covariance of batches that come one after the other."""
@@ -112,7 +112,7 @@ def test_statistics_of_parts_merge_to_those_of_the_whole():
     np.testing.assert_allclose(scatter / 499, np.cov(x, rowvar=False), rtol=1e-9)
 
 
-# ------------------------------------------------------------------ the kernel distance
+# the kernel distance
 
 def test_kernel_distance_golden():
     """torch-fidelity's KID, with random subsets and with all rows, where only the unbiased estimate counts."""
@@ -135,7 +135,7 @@ def test_kernel_distance_draws_by_its_seed_and_refuses_too_large_subsets():
             fid.kernel_distance(a, b, 2, size)
 
 
-# ------------------------------------------------------------------ the inception score
+# the inception score
 
 @pytest.mark.parametrize("key, splits, shuffle", [("isc_splits10_noshuffle", 10, None), ("isc_splits10_shuffle2020", 10, 2020),
                                                   ("isc_splits1", 1, None), ("isc_splits7_noshuffle", 7, None)])
@@ -155,7 +155,7 @@ def test_inception_score_counts_certain_and_balanced_classes():
         fid.inception_score(np.zeros((9, 4)), 10)
 
 
-# ------------------------------------------------------------------ Inception
+# Inception
 
 @pytest.fixture(scope="module")
 def inception():
@@ -281,7 +281,7 @@ def test_released_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
         assert "\n" not in str(found.value)
 
 
-# ------------------------------------------------------------------ a world of small pictures, classifier and run
+# a world of small pictures, classifier and run
 
 SIZE = 8
 MAR = dict(N=16, d_c=4, d_d=4, classes=3, D=16, depth=1, heads=2, K=2, head_depth=1, head_width=16, dropout=0.0)
@@ -349,9 +349,9 @@ def measured(world, tmp_path):
 RUN = "runs/colours-dcmix"
 
 
-# ------------------------------------------------------------------ every kind of input
+# every kind of input
 
-@pytest.mark.parametrize("kind, what, split", [("folder", "flat", None), ("data", "colours", "held out"), ("data", "unsplit", "train, nothing is held out")])
+@pytest.mark.parametrize("kind, what, split", [("folder", "flat", "all, nothing is held out"), ("data", "colours", "held out"), ("data", "unsplit", "all, nothing is held out")])
 def test_the_same_pictures_from_another_place_are_at_distance_zero(measured, kind, what, split):
     """npz, flat folder, class folders with and without val hold the same 200 pictures; BatchNorm's features are far from those of others."""
     report = measured("samples.npz", what)
@@ -461,7 +461,7 @@ def test_kernel_distance_of_the_features_of_all_pictures(world, measured):
     assert "kernel_distance" not in measured("samples.npz", "idx")["results"][0]
 
 
-# ------------------------------------------------------------------ FID's own features, end to end
+# FID's own features, end to end
 
 @pytest.fixture
 def released(inception, tmp_path_factory, tmp_path, monkeypatch):
@@ -505,7 +505,7 @@ def test_inception_takes_cropped_pictures(inception, released, measured, tmp_pat
         measured(str(tmp_path / "large.npz"), str(tmp_path / "large.npz"), *flags, features=False)
 
 
-# ------------------------------------------------------------------ several processes
+# several processes
 
 def test_processes_share_all_pictures_between_them(world, monkeypatch):
     """Every kind of source: process r of 3 gives pictures r, r + 3, ... of the 20 wanted, and none is drawn or missed twice."""
@@ -569,7 +569,7 @@ def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path
     assert (fid.to_size([large[0, :16].transpose(2, 0, 1), expected], SIZE).numpy() == expected).all()
 
 
-# ------------------------------------------------------------------ the report
+# the report
 
 def test_numbers_never_travel_alone(world, measured, capsys):
     """The report says what, against what, measured by what; classifier features are never called FID."""
@@ -591,7 +591,7 @@ def test_unreadable_pictures_are_counted_named_and_left_out(measured, tmp_path, 
     assert "skipped 2 unreadable" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------ the classifier
+# the classifier
 
 def test_the_classifier_is_trained_once_beside_the_shared_models(world, measured, monkeypatch):
     """It learns three colours in 30 steps, twice alike, lies in RUNS/DATA/ and is used from there; another data set of that name is refused."""
@@ -611,7 +611,7 @@ def test_the_classifier_is_trained_once_beside_the_shared_models(world, measured
         measured(RUN, "flat", features=False)
 
 
-# ------------------------------------------------------------------ errors are one line
+# errors are one line
 
 def bad(world, folder):
     """name -> (arguments, what the line must say)"""
@@ -636,7 +636,7 @@ def bad(world, folder):
             "other widths": (["samples.npz", f"{folder}/wide.npz"], r"\(144,\) and \(2048,\)"),
             "not finite": (["samples.npz", f"{folder}/nan.npz"], "not finite"),
             "too few": (["samples.npz", "flat", "--count", "144"], "samples.npz: 144 pictures are too few.*--force"),
-            "no pictures": ([f"{folder}/empty", "flat"], "empty: 0 pictures are too few"),
+            "no pictures": ([f"{folder}/empty", "flat"], "empty: no pictures in this folder"),
             "checkpoint of another kind": ([str(world / "runs/colours/vae/last.pt"), "flat"], "expected a mixar checkpoint, found vae"),
             "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
             "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "wide.npz holds statistics"),

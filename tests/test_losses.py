@@ -29,7 +29,7 @@ class Given:
         return self.shared(f, len(self.numbers[0]), *shape)
 
 
-# ------------------------------------------------------------------ MixAR's step
+# MixAR's step
 
 class Recorder:
     """A MAR that notes its inputs; z of a token is ten times its x_c, the loss of a row its t."""
@@ -94,7 +94,7 @@ def test_eq12_the_step_guides_by_the_mixed_tokens():
         assert mixar_step(step, "--ti-mix")[0].x_g[..., 0].tolist() == expected, f"step {step}"
 
 
-# ------------------------------------------------------------------ the other three
+# the other three
 
 def test_eq03_the_step_hides_codes_and_withholds_classes():
     """Of the first image every code is hidden (u = 0), of the second none (u = 1); the smoothed cross-entropy is over all codes."""
@@ -138,7 +138,7 @@ def test_eq07_the_bit_tokenizer_learns_straight_through_its_bits():
     torch.testing.assert_close(grad, 4 * 2 * 0.75 + torch.autograd.grad(rest, z)[0])
 
 
-# ------------------------------------------------------------------ what the steps do with the gradient
+# what the steps do with the gradient
 
 def test_weight_decay_is_on_matrices_outside_the_head():
     """MAR's: no decay on biases, norms and the diffusion head."""

@@ -19,7 +19,7 @@ def bools(*rows):
     return torch.tensor(rows)
 
 
-# ------------------------------------------------------------------ Eq. (8): the mask
+# Eq. (8): the mask
 
 def test_eq08_hides_the_ceiling_of_r_times_N():
     """Eq. (8): N' = ceil(r N), rounded up: r = 0.3 of 5 tokens hides 2, the smallest r > 0 hides 1."""
@@ -78,7 +78,7 @@ def test_eq08_the_ratio_stays_between_its_bounds():
         assert mixing.mask_ratio(1.0, low) == pytest.approx(1.0, abs=1e-9)
 
 
-# ------------------------------------------------------------------ Eq. (9): DC-Mix
+# Eq. (9): DC-Mix
 
 def test_eq09_takes_x_d_where_m_is_1_and_x_c_elsewhere():
     """Eq. (9): x~^i = x_d^i where m^i = 1 (hidden), x_c^i where m^i = 0 (visible)."""
@@ -129,7 +129,7 @@ def test_eq09_leaves_its_inputs_unchanged():
     assert (x_c.tolist(), x_d.tolist(), m.tolist()) == ([[[1], [2]]], [[[-1], [-2]]], [[T, F]])
 
 
-# ------------------------------------------------------------------ Eq. (10): g_M's input
+# Eq. (10): g_M's input
 
 def test_eq10_puts_the_mask_token_where_m_is_1():
     """Eq. (10): x_d'^i = t_m where m^i = 1; where m^i = 0 the true bits stay."""
@@ -171,7 +171,7 @@ def test_eq10_leaves_its_inputs_unchanged():
     assert (x_d.tolist(), m.tolist()) == ([[[1], [-1]]], [[T, F]])
 
 
-# ------------------------------------------------------------------ Eq. (11): g_M's prediction
+# Eq. (11): g_M's prediction
 
 # Eq. (11) builds on Eq. (10). These tests put a sound Eq. (10) under it, so that they judge Eq. (11) alone.
 on_sound_eq10 = patch.object(mixing, "mask_discrete", lambda x_d, m: torch.where(m[..., None], 0.0, x_d))
@@ -275,7 +275,7 @@ def test_eq11_leaves_its_inputs_unchanged():
     assert [x.tolist() for x in inputs] == before
 
 
-# ------------------------------------------------------------------ Eq. (12): TI-Mix
+# Eq. (12): TI-Mix
 
 def truth_or_generated(m, rho, lam):
     """Eq. (12) on four tokens of one image: 1 where the truth is kept, 2 where the generated token is taken."""

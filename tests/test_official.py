@@ -25,7 +25,7 @@ for _bits in (10, 12, 14, 16, 18):
 TINY = {"mixar": "mar_tiny", "vae": "vavae_tiny", "vq": "maskbit_tokenizer_tiny", "prior": "maskbit_generator_tiny_postnorm"}
 
 
-# ------------------------------------------------------------------ the full sizes, without their memory
+# the full sizes, without their memory
 
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_size_file_gives_the_right_model_key_for_key(name):
@@ -71,7 +71,7 @@ def test_floating_point_operations_of_a_forward_pass():
     assert backbone.forward_flops(backbone.sized("MAR-B")) == linear + attention + ends
 
 
-# ------------------------------------------------------------------ tiny official files
+# tiny official files
 
 def save(folder, content, name="file.pth"):
     torch.save(content, folder / name)
@@ -136,7 +136,7 @@ def test_half_precision_files_become_float32(tmp_path):
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
-# ------------------------------------------------------------------ one line for what does not fit
+# one line for what does not fit
 
 def refused(path, kind, *words):
     """Loading ends with one line that names the file and says all `words`."""
@@ -212,7 +212,7 @@ def test_hostile_and_truncated_files_are_refused_without_running_them(tmp_path, 
     refused(tmp_path / "nowhere.pth", kind, "no such file")
 
 
-# ------------------------------------------------------------------ an official MAR draws pictures
+# an official MAR draws pictures
 
 def kl_file(folder, z):
     """A tiny KL-VAE file with z latent channels."""

@@ -45,7 +45,7 @@ def red_equations():
     return red
 
 
-# ------------------------------------------------------------------ Eq. (3)
+# Eq. (3)
 
 @mistake(3, mixing, "masked_loss")
 def without_label_smoothing(logits, codes):
@@ -72,9 +72,9 @@ def one_ratio_for_the_batch(u_ratio, u_code):
     return u_code < torch.acos(u_ratio[0]) / (math.pi / 2)
 
 
-# ------------------------------------------------------------------ Eq. (4)
+# Eq. (4)
 
-sample_prior, prior_guidance = sample.sample_prior, sample.prior_guidance
+sample_prior, prior_guidance = sample.sample_prior, mixing.prior_guidance
 
 
 @mistake(4, sample, "sample_prior")
@@ -92,17 +92,17 @@ def one_step_too_few(prior, y, draw, gumbel, steps, guidance, power, temperature
     return sample_prior(prior, y, draw, gumbel, steps - 1, guidance, power, temperature)
 
 
-@mistake(4, sample, "prior_guidance")
+@mistake(4, mixing, "prior_guidance")
 def constant_guidance(g, power, i, steps):
     return g
 
 
-@mistake(4, sample, "prior_guidance")
+@mistake(4, mixing, "prior_guidance")
 def power_of_the_whole_cosine(g, power, i, steps):
     return g * ((1 - math.cos(math.pi * i / steps)) / 2) ** power
 
 
-# ------------------------------------------------------------------ Eq. (5)
+# Eq. (5)
 
 @mistake(5, diffusion_head, "denoising_loss")
 def sum_over_channels(noise, eps):
@@ -202,22 +202,22 @@ def guidance_counted_from_the_class(self, z, noise, steps, temperature=1.0, z_un
     return backwards(self, z, noise, steps, temperature, z_uncond, 1 + scale)
 
 
-# ------------------------------------------------------------------ Eq. (6)
+# Eq. (6)
 
 generate, discrete, forward = sample.generate, backbone.MAR.discrete, backbone.MAR.forward
 
 
-@mistake(6, sample, "hidden_after")
+@mistake(6, mixing, "hidden_after")
 def tokens_drawn_evenly(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * (1 - (s + 1) / steps))))
 
 
-@mistake(6, sample, "hidden_after")
+@mistake(6, mixing, "hidden_after")
 def sine_for_cosine(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * (1 - math.sin(math.pi / 2 * (s + 1) / steps)))))
 
 
-@mistake(6, sample, "hidden_after")
+@mistake(6, mixing, "hidden_after")
 def steps_counted_from_zero(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * s / steps))))
 
@@ -255,7 +255,7 @@ def without_the_class(self, x_c, x_d, m, y, drop):
     return forward(self, x_c, x_d, m, y, torch.ones_like(drop))
 
 
-# ------------------------------------------------------------------ Eq. (7)
+# Eq. (7)
 
 @mistake(7, mixing, "reparameterize")
 def variance_for_deviation(mean, logvar, eps):
@@ -302,7 +302,7 @@ def log_variance_first(self, images, right=tokenizers.KLVAE.encode):
     return right(self, images)[::-1]
 
 
-# ------------------------------------------------------------------ Eq. (8)
+# Eq. (8)
 
 def check_ratio(ratio):
     """The wrong versions below refuse what the right one refuses: each has one mistake."""
@@ -375,7 +375,7 @@ def uniform_ratio(u, low=0.7):
     return low + (1 - low) * u
 
 
-# ------------------------------------------------------------------ Eq. (9)
+# Eq. (9)
 
 @mistake(9, mixing, "dc_mix")
 def mixed_the_wrong_way_round(x_c, x_d, m):
@@ -438,7 +438,7 @@ def bits_cut_off_silently(x_d, d_c):
     return torch.nn.functional.pad(x_d, (0, d_c - x_d.shape[-1]))
 
 
-# ------------------------------------------------------------------ Eq. (10)
+# Eq. (10)
 
 @mistake(10, mixing, "mask_discrete")
 def mask_token_at_visible_positions(x_d, m):
@@ -489,7 +489,7 @@ def any_mask_that_broadcasts(x_d, m):
     return torch.where(m.bool().reshape(*m.shape[:2], 1), 0.0, x_d)
 
 
-# ------------------------------------------------------------------ Eq. (11)
+# Eq. (11)
 
 def predict(g_M, x_d, m, y, u, seen=None, keep=None):
     """The right prediction from what g_M sees, kept where `keep`: both can be set wrong."""
@@ -569,7 +569,7 @@ def groups_swapped(g_M, x_d, m, y, u):
     return predict(lambda x, y: g_M(x, y).flip(2), x_d, m, y, u.flip(2))
 
 
-# ------------------------------------------------------------------ Eq. (12)
+# Eq. (12)
 
 def check_ti_mix(x_d, x_hat, m, rho, lam):
     mixing.check_mask(m, x_d, x_hat)
@@ -650,7 +650,7 @@ def lambda_never_reaches_zero(step, steps):
     return 1 - step / steps
 
 
-# ------------------------------------------------------------------ the verdict
+# the verdict
 
 def test_without_a_mistake_every_equation_is_green():
     """The right versions pass: what turns red below is due to the mistake."""

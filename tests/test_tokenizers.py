@@ -12,7 +12,7 @@ import mixing
 import sample
 import tokenizers
 
-# ------------------------------------------------------------------ Eq. (7) on literals
+# Eq. (7) on literals
 
 def test_eq07_x_c_is_a_sample_of_the_posterior():
     """Eq. (7): mean + deviation times noise; the encoder puts out the LOGARITHM of the VARIANCE: log 4 is a deviation of 2."""
@@ -46,7 +46,7 @@ def test_eq07_kl_is_zero_for_a_standard_normal_posterior():
     assert mixing.kl_to_normal(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 4.0).log()).item() == pytest.approx(1.5 - math.log(2))
 
 
-# ------------------------------------------------------------------ x_c = VAE(I): VA-VAE, KL-16
+# x_c = VAE(I): VA-VAE, KL-16
 
 
 def tiny_vae(attn=True, probe=None):
@@ -103,7 +103,7 @@ def test_golden_log_variance_is_clamped(va):
     assert logvar[0, :2, 0, 0].tolist() == va["clamp_logvar"].tolist() == [-30, 20]
 
 
-# ------------------------------------------------------------------ x_d = VQVAE(I): MaskBit
+# x_d = VQVAE(I): MaskBit
 
 
 def tiny_vq(probe=None):
@@ -184,7 +184,7 @@ def test_groups_of_the_norms_can_be_set():
         assert {module.num_groups for module in model.modules() if isinstance(module, nn.GroupNorm)} == {4}
 
 
-# ------------------------------------------------------------------ pictures and bytes
+# pictures and bytes
 
 
 def synthetic(width, height):
