@@ -58,6 +58,7 @@ def plan(data, seed):
     for name, more in (("longer", []), ("ti", ["--ti-mix"])):                # Fig. 8
         train(name, "dcmix", *more, "--init", f"{runs}/{data}-dcmix", "--steps", str(LONGER), "--out", f"{runs}/{data}-{name}")
     train("deeper", "dcmix", "--out", f"{runs}/{data}-deeper", program="tests/deeper_train.py")
+    train("encoder", "dcmix", "--mix-at", "encoder", "--out", f"{runs}/{data}-encoder")
     score("dcmix", "dcmix", COUNT, "--rfd")                                  # Table 1
     for run in ("none", "dcsa", "dcca", "deeper"):
         score(run, run, COUNT)
@@ -67,6 +68,8 @@ def plan(data, seed):
         score(f"{run} truth", run, FEW, "--truth")
     for n in (1, 16):                                                        # X_d as TI-Mix trains on it, in one pass, and as inference draws it
         score(f"discrete {n}", "dcmix", FEW, "--decode", "discrete", "--prior-steps", str(n))
+    for run in ("dcmix", "encoder", "dcsa", "dcca"):                         # who sees X_d, and how much of it
+        score(f"{run} sight", run, FEW)
     for n in AR_STEPS:                                                       # beyond the paper
         for run in ("none", "dcmix"):
             score(f"{run} ar {n}", run, FEWEST, "--ar-steps", str(n))
