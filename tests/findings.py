@@ -5,7 +5,7 @@ report as runsSEED/findings/KEY.json, `time` does so for Table 2; `collect` gath
 seed, commit, hardware and date; `tables` and `plots` turn that file into the README's tables, which test_findings.py compares
 with the README, and its pictures.
 
-Try: python tests/findings.py run shapes 0 --only dcmix      (one row; without --only all of them, hours)
+Try: python tests/findings.py run shapes 0 --only dcmix      (one row; without --only all of them, hours; seed 0 first)
      python tests/findings.py tables
 """
 import argparse
@@ -43,7 +43,7 @@ LONGER = 600                                                                 # s
 def plan(data, seed):
     """Every command for one data set and seed, in order -> list of (key, arguments); trainings have the key "train ..."."""
     runs, given, steps = f"runs{seed}", [] if data == "shapes" else ["--data", FASHION, "--images", "20000"], []
-    source, features = given[1] if given else data, ["--features", f"runs0/{data}/classifier.pt"]
+    source, features = given[1] if given else data, ["--features", f"runs0/{data}/classifier.pt"] if seed else []     # seed 0 trains it
 
     def train(key, guidance, *more, program="train.py"):
         steps.append((f"train {key}", [program, *given, "--guidance", guidance, "--seed", str(seed), "--runs", runs, "--sample-every", "0", *more]))
