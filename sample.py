@@ -436,9 +436,9 @@ def main(argv=None):
     note = folder / "settings.json"
     if note.is_file() and json.loads(note.read_text()) != made_from:
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
-    barrier()                                                                # every process has looked at the note
     if rank == 0:
         tokenizers.write_whole(note, lambda file: file.write(json.dumps(made_from, indent=1).encode()))
+    barrier()                                                                # no picture before its note
     drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
     if drawn and rank == 0:
         print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "

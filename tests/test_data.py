@@ -158,6 +158,11 @@ def test_idx_files_gz_or_not(tmp_path, opener, ending):
     source, same = (tokenizers.open_source(str(tmp_path), split, 32, None) for split in ("train", "test"))
     assert source.labels.tolist() == same.labels.tolist() == [2, 0, 1] and not source.mirror and not same.held_out
     assert (source.read(1)[:, 2:30, 2:30] == images[1]).all() and source.read(1)[:, :2].max() == 0
+    write_idx(tmp_path / f"t10k-images-idx3-ubyte{ending}", images[::-1], opener)
+    write_idx(tmp_path / f"t10k-labels-idx1-ubyte{ending}", np.array([1, 0, 2], np.uint8), opener)
+    source, test = (tokenizers.open_source(str(tmp_path), split, 32, None) for split in ("train", "test"))
+    assert (source.labels.tolist(), source.held_out, test.labels.tolist(), test.held_out) == ([2, 0, 1], False, [1, 0, 2], True)
+    assert (source.read(0) == test.read(2)).all() and (source.read(0) != test.read(0)).any()
 
 
 def test_truncated_idx_file_is_one_line(tmp_path):
@@ -293,7 +298,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     tokenizers.write_whole(tmp_path / "file", lambda file: file.write(b"whole"))
     with pytest.raises(KeyboardInterrupt):
         tokenizers.write_whole(tmp_path / "file", stopped)
-    assert (tmp_path / "file").read_bytes() == b"whole"
+    assert (tmp_path / "file").read_bytes() == b"whole" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):

@@ -22,6 +22,7 @@ def test_cells_hold_mean_and_standard_deviation():
 def test_the_plan_is_understood(data):
     """Every command parses; every run that is scored is trained before, and no key stands twice."""
     plan, trained = findings.plan(data, 1), set()
+    assert not any("--features" in command for _, command in findings.plan(data, 0)), "nobody has trained the classifier before seed 0"
     assert len({key for key, _ in plan}) == len(plan)
     for key, (program, *arguments) in plan:
         if program != "fid.py":

@@ -567,6 +567,32 @@ def test_a_second_start_after_the_last_picture_draws_nothing_again(runs, tmp_pat
     assert (tmp_path / "grid.png").is_file() and not (tmp_path / "grid.png.parts").exists()
 
 
+def draw_late(rank, ranks, port, arguments):
+    """sample.py in two processes; the first is late with the note of its settings, the second with its pictures."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    written, drawn = tokenizers.write_whole, sample.draw_pngs
+
+    def write_late(path, write):
+        time.sleep(2 if Path(path).name == "settings.json" else 0)
+        written(path, write)
+
+    def draw_late(system, folder, *more):
+        assert (folder / "settings.json").is_file(), "a picture before the note of its settings"
+        time.sleep(2 * rank)
+        return drawn(system, folder, *more)
+
+    tokenizers.write_whole, sample.draw_pngs = write_late, draw_late
+    sample.main(arguments)
+
+
+def test_processes_wait_for_each_other(runs, tmp_path):
+    """No picture before the note that says how it was made; no grid before the last picture."""
+    few = ["--count", "4", "--amp", "fp32", "--ar-steps", "2", "--diffusion-steps", "2"]
+    torch.multiprocessing.spawn(draw_late, (2, 29625, [str(runs / "shapes-dcmix"), *few, "--out", str(tmp_path / "grid.png")]), nprocs=2)
+    assert (tmp_path / "grid.png").is_file() and not (tmp_path / "grid.png.parts").exists()
+
+
 def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
     base = [str(runs / "shapes-dcmix"), "--count", "6", "--amp", "fp32", "--ar-steps", "4", "--diffusion-steps", "5", "--seed", "3"]
     sample.main([*base, "--batch-size", "6", "--out", str(tmp_path / "a")])
