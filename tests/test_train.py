@@ -567,6 +567,20 @@ def test_a_second_start_after_the_last_picture_draws_nothing_again(runs, tmp_pat
     assert (tmp_path / "grid.png").is_file() and not (tmp_path / "grid.png.parts").exists()
 
 
+def test_random_numbers_are_a_function_of_seed_image_and_stream():
+    """The same in any batch; others for another seed, another image, and for X_c than for X_d."""
+    numbers = lambda *about: sample.draws(*about)(lambda g: g.random(4))
+    batch = numbers(3, [5, 7], 0)
+    assert torch.equal(batch[1], numbers(3, [7], 0)[0]) and torch.equal(batch, numbers(3, [5, 7], 0))
+    assert len({tuple(numbers(seed, [i], stream)[0].tolist()) for seed in (3, 4) for i in (5, 6) for stream in (0, 1)}) == 8
+
+
+def test_classes_by_name_or_number():
+    """Names first: a class may be called 1."""
+    assert sample.wanted_classes("star,3,0", ["disc", "ring", "square", "triangle", "star"]) == [4, 3, 0]
+    assert sample.wanted_classes("1,0", ["1", "0"]) == [0, 1] and sample.wanted_classes("all", "abc") == [0, 1, 2]
+
+
 def draw_late(rank, ranks, port, arguments):
     """sample.py in two processes; the first is late with the note of its settings, the second with its pictures."""
     torch.set_num_threads(1)
@@ -623,7 +637,6 @@ def test_png_gif_classes_and_the_time_line(runs, tmp_path, capsys):
     assert Image.open(tmp_path / "g.png").size == (64, 96) and not (tmp_path / "g.png.parts").exists()
     sample.main([*base, "--count", "4", "--classes", "0,1,2", "--out", str(tmp_path / "three.png")])
     assert Image.open(tmp_path / "three.png").size == (96, 64)
-    assert sample.wanted_classes("star,3", ["disc", "ring", "square", "triangle", "star"]) == [4, 3] and sample.wanted_classes("all", "abc") == [0, 1, 2]
     sample.main([*base, "--count", "10", "--out", str(tmp_path / "g.gif")])
     assert Image.open(tmp_path / "g.gif").n_frames == 4
     sample.main([*base, "--count", "5", "--out", str(tmp_path / "five.gif")])
