@@ -364,11 +364,11 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-def fill(folder, source, arrays, make, batch=64, **made_with):
+def fill(folder, source, make, batch=64, **made_with):
     """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together.
 
-    arrays {name: (dtype, shape of a row)}; make(uint8 (b, 3, H, W)) -> {name: (b, ...)}. status.npy says 0 for a
-    picture to do, 1 done, 2 unreadable, so a killed run goes on where it was. -> the dict in meta.json.
+    make(uint8 (b, 3, H, W)) -> {name of a file: array (b, ...)}. status.npy says 0 for a picture to do, 1 done,
+    2 unreadable, so a killed run goes on where it was. -> the dict in meta.json.
     SystemExit if `folder` was made from something else, or if no picture can be read.
     """
     (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
@@ -377,14 +377,15 @@ def fill(folder, source, arrays, make, batch=64, **made_with):
         raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
     if meta.get("complete"):
         return meta
+    row = make(np.zeros((1, 3, source.size, source.size), np.uint8)) | {"status": np.zeros(1, np.uint8)}   # types and shapes, from a black picture
     if rank == 0 and not meta:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, shape) in (arrays | {"status": (np.uint8, ())}).items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (n, *shape))          # zeros; takes no space yet
+        for name, value in row.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, (n, *value.shape[1:]))    # zeros; takes no space yet
         np.save(folder / "labels.npy", source.labels)
         write_meta(folder, dict(made_from=made_from, classes=source.classes, complete=False))
     barrier()
-    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*arrays, "status")}
+    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in row}
     starts = tqdm(range(rank * batch, n, ranks * batch), f"{folder.name:6}", unit="img", unit_scale=ranks * batch, disable=rank > 0)
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks)) as threads:
         for start in starts:
@@ -429,7 +430,7 @@ def readable(folder, *names):
 
 def cache_images(folder, source):
     """The pictures, decoded once into `folder` -> uint8 (n, 3, size, size), which of these rows could be read."""
-    fill(folder, source, {"pixels": (np.uint8, (3, source.size, source.size))}, lambda pictures: {"pixels": pictures})
+    fill(folder, source, lambda pictures: {"pixels": pictures})
     return readable(folder, "pixels")
 
 
@@ -442,21 +443,19 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     batch: pictures at once, by default half a million pixels of them.
     """
     def make(pictures):
-        x = torch.tensor(pictures).to(device).float() / 255
+        x, F = torch.tensor(pictures).to(device).float() / 255, 1 + source.mirror
         x = torch.stack([x, x.flip(3)][:F], dim=1).flatten(0, 1)             # (b F, 3, H, W)
         moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), bits_to_codes(quantise(vq.encode(x)).movedim(1, -1))
-        return {"moments": moments.unflatten(0, (-1, F)).float().cpu().numpy(), "indices": index.unflatten(0, (-1, F)).cpu().numpy()}
+        return {name: a.unflatten(0, (-1, F)).cpu().numpy() for name, a in (("moments", moments.half()), ("indices", index.int()))}
 
-    folder, F, h, bits = Path(folder), 1 + source.mirror, source.size >> len(vae.encoder.down) - 1, vq.quantize.codebook.shape[1]
-    arrays = {"moments": (np.float16, (F, 2 * vae.post_quant_conv.in_channels, h, h)), "indices": (np.int32, (F, h, h))}
-    meta = fill(folder, source, arrays, make, batch or 2 ** 19 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
+    meta = fill(folder, source, make, batch or 2 ** 19 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
     if world()[0] == 0 and "mean" not in meta:
         moments, rows = readable(folder, "moments")
         rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
         mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
         x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
         std, mean = torch.std_mean(x_c, (0, 2, 3))                           # (d_c,)
-        write_meta(folder, meta | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
+        write_meta(folder, meta | dict(mean=mean.tolist(), std=std.tolist(), bits=vq.quantize.codebook.shape[1]))
     barrier()
 
 

@@ -304,7 +304,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
     with pytest.raises(ValueError):
-        tokenizers.fill(tmp_path, shapes(6), {"pixels": (np.uint8, (3, 32, 32))}, lambda pictures: {"pixels": pictures[:, :, :5]}, batch=2)
+        tokenizers.fill(tmp_path, shapes(6), lambda pictures: {"pixels": pictures[:, :, :5] if pictures.any() else pictures}, batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
 
 
