@@ -103,29 +103,25 @@ def levels(widths, blocks, attn, maskbit, groups, resize):
                            for i, width in enumerate(widths)))
 
 
-def encoder(widths, blocks, out, maskbit, groups):
-    """Pictures (B, 3, H, W) -> (B, out, h, w); widths: channels per level, each level but the last halves the picture.
+def autoencoder(width, mult, blocks, out, z, attn, maskbit, groups):
+    """Encoder, pictures (B, 3, H, W) -> (B, out, h, w), and decoder, (B, z, h, w) -> pictures, of the KL-VAE or, with `maskbit`, of MaskBit.
 
-    maskbit: MaskBit's encoder, else the KL-VAE's, which has attention at the lowest level and in the middle.
+    width * mult: channels per level of the encoder, each but the last halves the picture; the decoder goes back, up[0] is the
+    lowest resolution. The KL-VAE has attention in the middle and at the encoder's lowest level, with `attn` at the decoder's,
+    too, and one block more per level in the decoder.
     """
+    widths, plain = [width * k for k in mult], [False] * (len(mult) - 1)     # plain: the levels without attention
     c, middle = widths[-1], (blocks, 0) if maskbit else (2, 1)
-    return nn.Sequential(OrderedDict(
+    encoder = nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit),
-        down=levels(widths, blocks, [False] * (len(widths) - 1) + [not maskbit], maskbit, groups, "halve"),
+        down=levels(widths, blocks, plain + [not maskbit], maskbit, groups, "halve"),
         mid=Level(c, c, *middle, maskbit, groups), norm_out=norm(groups, c), silu=nn.SiLU(),
         conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
-
-
-def decoder(widths, blocks, z, attn, maskbit, groups):
-    """(B, z, h, w) -> pictures (B, 3, H, W); up[0] is the lowest resolution. attn: attention there, too, not only in the middle.
-
-    The KL-VAE's decoder has one block more per level than its encoder, MaskBit's has not.
-    """
-    widths, count, middle = widths[::-1], blocks if maskbit else blocks + 1, (blocks, 0) if maskbit else (2, 1)
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(z, widths[0], 3, padding=1), mid=Level(widths[0], widths[0], *middle, maskbit, groups),
-        up=levels(widths, count, [attn] + [False] * (len(widths) - 1), maskbit, groups, "double"),
-        norm_out=norm(groups, widths[-1]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1)))
+    decoder = nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(z, c, 3, padding=1), mid=Level(c, c, *middle, maskbit, groups),
+        up=levels(widths[::-1], blocks if maskbit else blocks + 1, [attn] + plain, maskbit, groups, "double"),
+        norm_out=norm(groups, widths[0]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
+    return encoder, decoder
 
 
 class KLVAE(nn.Module):
@@ -137,9 +133,7 @@ class KLVAE(nn.Module):
 
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
-        widths = [width * k for k in mult]
-        self.encoder = encoder(widths, blocks, 2 * z, False, groups)
-        self.decoder = decoder(widths, blocks, z, attn, False, groups)
+        self.encoder, self.decoder = autoencoder(width, mult, blocks, out=2 * z, z=z, attn=attn, maskbit=False, groups=groups)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, images):
@@ -157,9 +151,7 @@ class BitVQ(nn.Module):
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
-        widths = [width * k for k in mult]
-        self.encoder = encoder(widths, blocks, bits, True, groups)
-        self.decoder = decoder(widths, blocks, bits, False, True, groups)
+        self.encoder, self.decoder = autoencoder(width, mult, blocks, out=bits, z=bits, attn=False, maskbit=True, groups=groups)
         self.quantize = nn.Module()
         self.quantize.register_buffer("bits_to_indices", 2 ** torch.arange(bits, dtype=torch.int32))
         self.quantize.register_buffer("codebook", codes_to_bits(torch.arange(2 ** bits)[:, None], bits))
