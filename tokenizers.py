@@ -186,23 +186,21 @@ def read_rgb(path):
         return image.convert("RGB")
 
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
 class Folder:
     """Class folders of pictures, DIR/class/picture; without folders in it, DIR is one class. With DIR/train and DIR/val (or test) these are the splits."""
 
     mirror = True                                                            # horizontal flips are cached too [MAR]
+    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
     def __init__(self, root, split, size):
-        names, self.size = dict(train=["train"], test=["val", "test", "train"])[split], size
-        found = [root / name for name in names if (root / name).is_dir()]
-        root, self.held_out = found[0] if found else root, found[:1] not in ([], [root / "train"])
+        part = next((name for name in dict(train=["train"], test=["val", "test", "train"])[split] if (root / name).is_dir()), ".")
+        root, self.held_out, self.size = root / part, part in ("val", "test"), size
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) or [root]
         self.classes = [folder.name for folder in folders]
-        files = [sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS) for folder in folders]
+        files = [sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.endings) for folder in folders]
         if [] in files:
-            raise SystemExit(f"{folders[files.index([])]}: no pictures in this folder" + (", and no MNIST-family idx files" if folders == [root] else "; remove it or fill it"))
+            advice = ", and no MNIST-family idx files" if folders == [root] else "; remove it or fill it"
+            raise SystemExit(f"{folders[files.index([])]}: no pictures in this folder{advice}")
         self.files, self.labels = sum(files, []), np.repeat(np.arange(len(files)), [len(some) for some in files])
 
     def read(self, i):
@@ -346,6 +344,10 @@ def write_whole(path, write):
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def fingerprint(module):
