@@ -480,8 +480,7 @@ def main(argv=None):
             found += [f"{key.replace('_', ' ')} {r[key]['mean']:.4g} +- {r[key]['deviation']:.2g}" for key in r if key.endswith(("kernel_distance", "_score"))]
             print(f"{r['source']} ({r['count']}): {'; '.join(found)}")
         report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
-        text = json.dumps(report, indent=1)
-        tokenizers.write_whole(args.json, lambda file: file.write(text.encode())) if args.json else print(text)
+        tokenizers.write_json(args.json, report) if args.json else print(json.dumps(report, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
 

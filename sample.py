@@ -437,7 +437,7 @@ def main(argv=None):
     if note.is_file() and json.loads(note.read_text()) != made_from:
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
     if rank == 0:
-        tokenizers.write_whole(note, lambda file: file.write(json.dumps(made_from, indent=1).encode()))
+        tokenizers.write_json(note, made_from)
     barrier()                                                                # no picture before its note
     drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
     if drawn and rank == 0:

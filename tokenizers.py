@@ -377,7 +377,7 @@ def fill(folder, source, make, batch=64, **made_with):
         for name, value in row.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, (n, *value.shape[1:]))    # zeros; takes no space yet
         np.save(folder / "labels.npy", source.labels)
-        write_meta(folder, dict(made_from=made_from, classes=source.classes, complete=False))
+        write_json(folder / "meta.json", dict(made_from=made_from, classes=source.classes, complete=False))
     barrier()
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in row}
     starts = tqdm(range(rank * batch, n, ranks * batch), f"{folder.name:6}", unit="img", unit_scale=ranks * batch, disable=rank > 0)
@@ -399,7 +399,7 @@ def fill(folder, source, make, batch=64, **made_with):
     if rank == 0:
         if skipped:
             print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
-        write_meta(folder, read_meta(folder) | dict(complete=True, skipped=skipped))
+        write_json(folder / "meta.json", read_meta(folder) | dict(complete=True, skipped=skipped))
     barrier()
     return read_meta(folder)
 
@@ -410,10 +410,6 @@ def read_meta(folder):
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise SystemExit(f"{path} is damaged ({error}); remove {folder} to make it again") from None
-
-
-def write_meta(folder, meta):
-    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
 
 def readable(folder, *names):
@@ -449,7 +445,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
         mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
         x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
         std, mean = torch.std_mean(x_c, (0, 2, 3))                           # (d_c,)
-        write_meta(folder, meta | dict(mean=mean.tolist(), std=std.tolist(), bits=vq.quantize.codebook.shape[1]))
+        write_json(folder / "meta.json", meta | dict(mean=mean.tolist(), std=std.tolist(), bits=vq.quantize.codebook.shape[1]))
     barrier()
 
 
