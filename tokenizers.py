@@ -47,15 +47,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
         self.norm2, self.conv2 = norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
-        self.maskbit = maskbit
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_out if maskbit else c_in, c_out, 1, bias=not maskbit)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_out if maskbit else c_in, c_out, 1, bias=not maskbit)
+        self.projects_output = maskbit and c_in != c_out
 
     def forward(self, x):
         u = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
-        if hasattr(self, "nin_shortcut"):
-            return u + self.nin_shortcut(u if self.maskbit else x)
-        return u + x
+        return u + self.nin_shortcut(u if self.projects_output else x)
 
 
 class AttnBlock(nn.Module):
