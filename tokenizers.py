@@ -77,27 +77,20 @@ class Level(nn.Module):
     def __init__(self, c_in, c, blocks, attn, maskbit, groups, resize=None):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c, c, maskbit, groups) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c, groups) for _ in range(attn))
+        self.attn = nn.ModuleList(AttnBlock(c, groups) if j < attn else nn.Identity() for j in range(blocks))
         steps = dict(halve=dict(stride=2), double=dict(padding=1))
         self.resize = nn.Conv2d(c, c, 3, **steps[resize]) if resize else nn.Identity()
         self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
-        for j, block in enumerate(self.block):
-            x = self.attn[j](block(x)) if j < len(self.attn) else block(x)
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
         if self.how == "halve":
             top, left = (side % 2 * self.maskbit for side in x.shape[-2:])
             x = pad(x, (left, 1, top, 1))
         elif self.how == "double":
             x = interpolate(x, scale_factor=2.0, mode="nearest")
         return self.resize(x)
-
-
-def levels(widths, blocks, attn, maskbit, groups, resize):
-    """A Level per width, each but the last followed by `resize`; attention in the levels with `attn`.   -> nn.Sequential"""
-    last = len(widths) - 1
-    return nn.Sequential(*(Level(widths[max(i - 1, 0)], width, blocks, blocks * attn[i], maskbit, groups, resize if i < last else None)
-                           for i, width in enumerate(widths)))
 
 
 def autoencoder(width, mult, blocks, out, z, attn, maskbit, groups):
@@ -107,16 +100,21 @@ def autoencoder(width, mult, blocks, out, z, attn, maskbit, groups):
     lowest resolution. The KL-VAE has attention in the middle and at the encoder's lowest level, with `attn` at the decoder's,
     too, and one block more per level in the decoder.
     """
+    def levels(widths, blocks, attn, resize):
+        """A Level per width, each but the last followed by `resize`; attention in the levels with `attn`.   -> nn.Sequential"""
+        rows = zip([widths[0], *widths], widths, attn, [resize] * (len(widths) - 1) + [None])
+        return nn.Sequential(*(Level(c_in, c, blocks, blocks * attends, maskbit, groups, step) for c_in, c, attends, step in rows))
+
     widths, plain = [width * k for k in mult], [False] * (len(mult) - 1)     # plain: the levels without attention
     c, middle = widths[-1], (blocks, 0) if maskbit else (2, 1)
     encoder = nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=not maskbit),
-        down=levels(widths, blocks, plain + [not maskbit], maskbit, groups, "halve"),
+        down=levels(widths, blocks, plain + [not maskbit], "halve"),
         mid=Level(c, c, *middle, maskbit, groups), norm_out=norm(groups, c), silu=nn.SiLU(),
         conv_out=nn.Conv2d(c, out, 1) if maskbit else nn.Conv2d(c, out, 3, padding=1)))
     decoder = nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(z, c, 3, padding=1), mid=Level(c, c, *middle, maskbit, groups),
-        up=levels(widths[::-1], blocks if maskbit else blocks + 1, [attn] + plain, maskbit, groups, "double"),
+        up=levels(widths[::-1], blocks if maskbit else blocks + 1, [attn] + plain, "double"),
         norm_out=norm(groups, widths[0]), silu=nn.SiLU(), conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
     return encoder, decoder
 
