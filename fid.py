@@ -60,8 +60,7 @@ def inception_score(logits, splits=10, shuffle=2020):
         raise ValueError(f"{n} pictures cannot fill {splits} parts")
     rows = np.arange(n) if shuffle is None else np.random.RandomState(shuffle).permutation(n)
     log_p = log_softmax(np.asarray(logits, np.float64)[rows], axis=1)
-    for i in range(splits):
-        part = log_p[i * n // splits:(i + 1) * n // splits]
+    for part in np.split(log_p, [i * n // splits for i in range(1, splits)]):
         marginal = np.exp(part).mean(0).clip(np.finfo(np.float64).tiny)      # (K,)   p(y)
         scores.append(np.exp((np.exp(part) * (part - np.log(marginal))).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -407,16 +406,17 @@ def compare(a, b, kid):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, an npz of pictures (arr_0) or statistics (mu, sigma), or a data set")
+    p.add_argument("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, an npz with pictures (arr_0) or mu and sigma, or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its held-out pictures (default: the data set of the run A)")
     p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers")
     p.add_argument("--truth", action="store_true", help="samples of the run A from X_d of its data's held-out pictures instead of the prior's")
     p.add_argument("--kid", action="store_true", help="also the kernel distance; keeps all features in memory")
     p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, "
                    "trained if missing; or a file of either (default: %(default)s)")
-    p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="how Inception's input is resized (default: %(default)s)")
+    p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="resizing of Inception's input (default: %(default)s)")
     p.add_argument("--size", type=sample.within(1, kind=int), metavar="PIXELS", help="side to which pictures are cropped before Inception (default: the run's)")
-    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N", help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
+    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N",
+                   help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
