@@ -313,7 +313,7 @@ def open_pictures(what, count, size, args, run=None):
     if run and not args.truth:
         source = SimpleNamespace(read=lambda i: None, labels=np.arange(count) % len(run.meta["classes"]))
     else:
-        source = tokenizers.open_source(run.meta["data"] if run else what, "test", size, count)
+        source = tokenizers.open_source(run.meta["data"] if run else what, "test", run.size if run else size, count)
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
     if run and args.truth:
         held_out = len(source.labels) * source.held_out

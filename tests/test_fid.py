@@ -417,7 +417,7 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     alone = measured(RUN, "--truth", "--decode", "discrete", "--count", "200")["results"][0]
     assert alone["frechet_distance"] == pytest.approx(reconstructed["frechet_distance"], rel=1e-6) and alone["truth"]
     args = fid.parse([str(world / RUN), "--truth", "--amp", "fp32"])
-    pictures, (draw,), _ = fid.open_pictures(args.pictures, 200, SIZE, args, sample.open_run(args.pictures, args))
+    pictures, (draw,), _ = fid.open_pictures(args.pictures, 200, SIZE // 2, args, sample.open_run(args.pictures, args))   # features of smaller pictures
     system, source = sample.System(world / RUN, amp="fp32"), tokenizers.open_source(str(world / "colours"), "test", SIZE, 200)
     x_d = system.encode_discrete(np.stack([source.read(i) for i in range(200)]))
     expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], x_d=x_d)[0]
