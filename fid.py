@@ -51,7 +51,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10, shuffle=2020):
-    """exp(mean KL(p(y|x) || p(y))) in each of `splits` parts -> mean and deviation over the parts.   [Salimans 2016]
+    """exp(mean KL(p(y|x) || p(y))) in each of `splits` parts -> dict(mean, deviation) over the parts, with the settings.   [Salimans 2016]
 
     logits (n, K); shuffle: the seed that first permutes the rows, or None. ValueError if n < splits.
     """
@@ -63,13 +63,13 @@ def inception_score(logits, splits=10, shuffle=2020):
     for part in np.split(log_p, [i * n // splits for i in range(1, splits)]):
         marginal = np.exp(part).mean(0).clip(np.finfo(np.float64).tiny)      # (K,)   p(y)
         scores.append(np.exp((np.exp(part) * (part - np.log(marginal))).sum(1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
+    return dict(mean=float(np.mean(scores)), deviation=float(np.std(scores)), splits=splits, shuffle=shuffle)
 
 
 def kernel_distance(features1, features2, subsets=100, size=1000, seed=2020):
-    """KID: the unbiased squared maximum mean discrepancy of `subsets` pairs of random subsets -> mean and deviation.   [torch-fidelity]
+    """KID: the unbiased squared maximum mean discrepancy of `subsets` pairs of random subsets.   [torch-fidelity]
 
-    features (n, d), kernel (x y / d + 1)^3. ValueError if `size` is more than there is or less than 2.
+    features (n, d), kernel (x y / d + 1)^3 -> dict(mean, deviation) over the pairs, with the settings. ValueError if `size` is below 2 or more than there is.
     """
     if not 2 <= size <= min(len(features1), len(features2)):
         raise ValueError(f"subsets of {size} of {len(features1)} and {len(features2)} pictures")
@@ -78,7 +78,7 @@ def kernel_distance(features1, features2, subsets=100, size=1000, seed=2020):
         x, y = (np.float64(f[random.choice(len(f), size, replace=False)]) for f in (features1, features2))
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         found.append((xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1)) - 2 * xy.mean())
-    return float(np.mean(found)), float(np.std(found))
+    return dict(mean=float(np.mean(found)), deviation=float(np.std(found)), subsets=subsets, size=size, seed=seed)
 
 
 def moments(features):
@@ -378,7 +378,7 @@ def measure(pictures, steps, note, extractor, args):
     _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
     if n >= 10:
-        note[extractor.score] = dict(zip(("mean", "deviation"), inception_score(logits)), splits=10, shuffle=2020)
+        note[extractor.score] = inception_score(logits)
     return dict(mu=mean, sigma=scatter / (n - 1), n=n, features=features, note=note)
 
 
@@ -399,8 +399,7 @@ def compare(a, b, kid):
     except ValueError as error:
         raise SystemExit(f"{a['note']['source']} and {b['note']['source']} cannot be compared: {error}; both must hold the same features") from None
     if kid:
-        settings = dict(subsets=100, size=min(1000, a["n"], b["n"]), seed=2020)
-        found["kernel_distance"] = dict(zip(("mean", "deviation"), kernel_distance(a["features"], b["features"], **settings)), **settings)
+        found["kernel_distance"] = kernel_distance(a["features"], b["features"], size=min(1000, a["n"], b["n"]))
     return found | a["note"]
 
 
