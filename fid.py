@@ -331,7 +331,7 @@ def open_pictures(what, count, size, args, run=None):
 def draw(run, labels, args, numbers, pictures):
     """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
     y = torch.tensor(labels[numbers], device=run.device)
-    x_d = run.encode_discrete(to_size(pictures, run.size)) if args.truth else None
+    x_d = run.encode_discrete(np.stack(pictures)) if args.truth else None
     return run.draw(args.seed, numbers, y, run.settings, args.decode, x_d)[0].cpu().numpy()
 
 
