@@ -433,8 +433,9 @@ def main():
     for name, (_, guidance, _, _, millions, tokens) in SIZES.items():
         model = sized(name)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{name:18}{parameters:11.1f}{millions:11}{model.K + model.N * (1 + (guidance in ('dcsa', 'dcca'))):8}{tokens:7}{forward_flops(model) / 1e12:8.3f}")
-    print("tokens: class, continuous and discrete ones; the paper's 512 leave out the 64 class tokens, its 320 do not. TFLOPs: backbone, one image, mask ratio 0.85")
+        length = model.K + model.N * (1 + (guidance in ("dcsa", "dcca")))
+        print(f"{name:18}{parameters:11.1f}{millions:11}{length:8}{tokens:7}{forward_flops(model) / 1e12:8.3f}")
+    print("tokens: class, continuous and discrete; the paper's 512 leave out the 64 class tokens, its 320 do not. TFLOPs: backbone, one image, mask ratio 0.85")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def draw(run, labels, args, numbers, pictures):
     """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
     y = torch.tensor(labels[numbers], device=run.device)
     x_d = run.encode_discrete(np.stack(pictures)) if args.truth else None
-    return run.draw(args.seed, numbers, y, run.settings, args.decode, x_d)[0].cpu().numpy()
+    return run.draw(args.seed, numbers, y, args.decode, x_d).cpu().numpy()
 
 
 def reconstruct(run, tokenizer, numbers, pictures):
@@ -466,7 +466,6 @@ def evaluate(args):
 
 def main(argv=None):
     args, start = parse(argv), time.time()
-    args.device = sample.on_device(args.device)
     sample.keep_memory()
     tokenizers.join()                                                        # by gloo on GPUs, too: only statistics travel
     for path in filter(None, (args.json, args.save_stats)):

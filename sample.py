@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +103,11 @@ def autocast(amp, device):
     if amp == "auto":
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         amp = "bf16" if fast else "fp32"
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]) if amp != "fp32" else nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "fp32")
 
 
 def on_device(device):
-    """"cuda" made the GPU of this process. SystemExit where there is none, or on another device."""
+    """The argparse type of --device: "cuda" made the GPU of this process. SystemExit where there is none, or on another device."""
     if device != "cpu" and not device.startswith("cuda"):
         raise SystemExit(f"--device {device}: unknown; use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -198,14 +197,15 @@ def same_size(path, **sizes):
 class System:
     """Everything `run` (a run folder, its checkpoint or an official MAR file) needs to draw pictures.
 
-    vae, vq, prior: files instead of those the run names; an official MAR names none and needs only a vae. model: instead of the
-    checkpoint's. Transformers compute in `amp`, tokenizers in fp32. SystemExit if a part is missing or foreign.
+    vae, vq, prior: files instead of those the run names; an official MAR names none and needs only a vae.
+    Transformers compute in `amp`, tokenizers in fp32. SystemExit if a part is missing or foreign.
     """
 
-    def __init__(self, run, device="cpu", weights="ema", amp="auto", model=None, **given):
+    def __init__(self, run, device="cpu", weights="ema", amp="auto", **given):
         self.path = path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
-        self.model, checkpoint = (model, load_checkpoint(path, "mixar")) if model is not None else load_model(path, "mixar", weights)
+        self.model, checkpoint = load_model(path, "mixar", weights)
         self.meta, self.device, self.step, self.amp = checkpoint["meta"], torch.device(device), checkpoint["step"], amp
+        self.settings, self.prior_seconds = self.meta["sampling"], 0.0
         self.shared = path.parent / self.meta["shared"]
         for kind in PARTS:
             file, expected = self.meta["files"].get(kind, (None, None))
@@ -229,24 +229,24 @@ class System:
         side = math.isqrt(tokens.shape[1])
         return tokens.transpose(1, 2).unflatten(2, (side, side))
 
-    def draw_discrete(self, seed, indices, y, settings):
+    def draw_discrete(self, seed, indices, y):
         """X_d of the images `indices` with classes y (B,) -> bits (B, N, d_d), or None without a prior."""
         if not self.prior:
             return None
-        draw, shape = draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits)
+        draw, shape, s = draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits), self.settings
         uniform, gumbel = lambda: draw(lambda g: g.random(shape, np.float32)), lambda: draw(lambda g: g.gumbel(size=shape)).float()
         with autocast(self.amp, self.device):
             return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, uniform()), gumbel,
-                                settings["prior_steps"], settings["prior_cfg"], settings["prior_power"], settings["prior_temperature"])
+                                s["prior_steps"], s["prior_cfg"], s["prior_power"], s["prior_temperature"])
 
-    def draw_continuous(self, seed, indices, y, x_d, settings, on_step=None):
+    def draw_continuous(self, seed, indices, y, x_d, on_step=None):
         """X_c given X_d -> (B, N, d_c), normalised."""
-        draw, C = draws(seed, indices, 1, self.device), self.model.d_c
+        draw, C, s = draws(seed, indices, 1, self.device), self.model.d_c, self.settings
         order = draw(lambda g: g.permutation(self.model.N))
         noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), C), np.float32)).transpose(0, 1).flatten(1, 2)
         with autocast(self.amp, self.device):
-            return generate(self.model, x_d, y, order, noise, settings["ar_steps"], settings["diffusion_steps"], settings["cfg"], settings["cfg_schedule"],
-                            settings["temperature"], settings["bound"], on_step)
+            return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"], s["cfg"], s["cfg_schedule"],
+                            s["temperature"], s["bound"], on_step)
 
     @torch.no_grad()
     def encode_discrete(self, pictures):
@@ -266,24 +266,22 @@ class System:
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)."""
         return to_bytes(self.vae.decode(self.grid(x_c * self.std + self.mean)))
 
-    def draw(self, seed, indices, y, settings, decode="continuous", x_d=None):
-        """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W), seconds in the prior.
+    def draw(self, seed, indices, y, decode="continuous", x_d=None):
+        """The images `indices` with classes y (B,), decoded from X_c or from X_d alone -> uint8 (B, 3, H, W).
 
-        x_d (B, N, d_d): bits to take instead of the prior's.
+        x_d (B, N, d_d): bits to take instead of the prior's, whose time adds to `prior_seconds`.
         """
-        start = time.time()
         if x_d is None and (decode == "discrete" or self.model.guidance != "none"):              # plain MAR does without X_d
-            x_d = self.draw_discrete(seed, indices, y, settings)
-        seconds = time.time() - start
-        if decode == "discrete":
-            return self.decode_discrete(x_d), seconds
-        return self.decode_continuous(self.draw_continuous(seed, indices, y, x_d, settings)), seconds
+            start = time.time()
+            x_d = self.draw_discrete(seed, indices, y)
+            self.prior_seconds += time.time() - start
+        return self.decode_discrete(x_d) if decode == "discrete" else self.decode_continuous(self.draw_continuous(seed, indices, y, x_d))
 
 
 def open_run(run, args):
-    """The System of `run` with the parts and the `settings` of its samples that add_options gave, by default its own."""
+    """The System of `run` with the parts and the settings of its samples that add_options gave, by default its own."""
     system = System(run, args.device, args.weights, args.amp, **{kind: getattr(args, kind) for kind in PARTS})
-    system.settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
+    system.settings = system.settings | {k: getattr(args, k) for k in system.settings if hasattr(args, k)}
     if system.prior and system.settings["prior_steps"] > (codes := system.prior.N * system.prior.splits):
         raise SystemExit(f"--prior-steps {system.settings['prior_steps']}: more than the {codes} codes of a picture")
     return system
@@ -306,24 +304,24 @@ def draw_figures(system, folder, seed, rows=8, columns=10):
     """samples.png (a column per class) and compare.png, in the manner of Fig. 2: X_d decoded above, MixAR from the same X_d below."""
     indices = np.arange(rows * columns)
     y = torch.tensor(indices % columns % len(system.meta["classes"]), device=system.device)
-    x_d = system.draw_discrete(seed, indices, y, system.meta["sampling"])
-    x_c = system.draw_continuous(seed, indices, y, x_d, system.meta["sampling"])
-    mixed, discrete = system.decode_continuous(x_c), system.decode_discrete(x_d)
+    x_d = system.draw_discrete(seed, indices, y)
+    mixed, discrete = system.decode_continuous(system.draw_continuous(seed, indices, y, x_d)), system.decode_discrete(x_d)
     save_grid(mixed, Path(folder) / "samples.png", columns)
     save_grid(torch.cat([discrete[:10], mixed[:10], discrete[10:20], mixed[10:20]]), Path(folder) / "compare.png", columns)
 
 
-def fill_in(path, system, settings, y, seed, columns=10):
+def fill_in(path, system, y, seed, columns=10):
     """An animated gif of Eq. (9)'s mixed sequence: decoded discrete patches give way to continuous ones, AR step by AR step."""
     indices, masks = np.arange(len(y)), [torch.ones(len(y), system.model.N, dtype=torch.bool, device=system.device)]
-    x_d = system.draw_discrete(seed, indices, y, settings) if system.model.guidance != "none" else None
-    mixed, frames = system.decode_continuous(system.draw_continuous(seed, indices, y, x_d, settings, on_step=masks.append)), []
+    x_d = system.draw_discrete(seed, indices, y) if system.model.guidance != "none" else None
+    mixed, frames = system.decode_continuous(system.draw_continuous(seed, indices, y, x_d, on_step=masks.append)), []
     discrete = torch.full_like(mixed, 128) if x_d is None else system.decode_discrete(x_d)                                # plain MAR's are hidden
     for m in masks:
         patch = system.grid(m[..., None].float())                            # (B, 1, h, w), 1 = still discrete
         picture = torch.where(torch.nn.functional.interpolate(patch, mixed.shape[2:]) > 0, discrete, mixed)
         frames.append(Image.fromarray(tile(picture, columns)).resize((columns * 64, len(y) // columns * 64), Image.NEAREST))
-    tokenizers.write_whole(path, lambda file: frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=[300] * (len(frames) - 1) + [2000], loop=0))
+    milliseconds = [300] * (len(frames) - 1) + [2000]
+    tokenizers.write_whole(path, lambda file: frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0))
 
 
 def wanted_classes(text, classes):
@@ -336,23 +334,32 @@ def wanted_classes(text, classes):
     return [number[name] for name in text.split(",")]
 
 
-def draw_pngs(system, folder, labels, settings, args, rank, ranks):
-    """One png per image in `folder`, in batches, skipping those that are there. -> images drawn, seconds, seconds in the prior."""
-    missing = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()]
-    seconds = prior_seconds = 0.0
+def draw_pngs(system, folder, labels, args):
+    """One png per image in `folder`, in batches, skipping those that are there. SystemExit if they are samples of other settings."""
+    (rank, ranks), note = tokenizers.world(), folder / "settings.json"
+    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, saved=system.path.stat().st_mtime, **system.settings)
+    made_from |= {option: getattr(args, option) for option in ("weights", "decode", "seed", "classes", *PARTS)}
+    if note.is_file() and json.loads(note.read_text()) != made_from:
+        raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
+    if rank == 0:
+        tokenizers.write_json(note, made_from)
+    tokenizers.barrier()                                                     # no picture before its note
+    missing, seconds = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()], 0.0
     bar = tqdm(total=len(missing), desc="samples", unit="img", disable=rank > 0 or None)
     for k in range(0, len(missing), args.batch_size):
         indices, start = missing[k:k + args.batch_size], time.time()
-        y = torch.tensor([labels[i] for i in indices], device=system.device)
-        pictures, prior = system.draw(args.seed, indices, y, settings, args.decode)
-        prior_seconds += prior
-        pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        y = torch.tensor(labels[indices], device=system.device)
+        pictures = system.draw(args.seed, indices, y, args.decode).permute(0, 2, 3, 1).cpu().numpy()
         seconds += time.time() - start
         for i, picture in zip(indices, pictures):
             tokenizers.write_whole(folder / f"{i:06d}.png", lambda file: Image.fromarray(picture).save(file, "png"))
         bar.update(len(indices))
     bar.close()
-    return len(missing), seconds, prior_seconds
+    if missing and rank == 0:
+        print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), {system.prior_seconds / seconds:.0%} of it the prior; "
+              f"{len(missing)} images, batch {min(args.batch_size, len(missing))}, {args.device}, "
+              f"{system.settings['ar_steps']} AR x {system.settings['diffusion_steps']} diffusion steps, cfg {system.settings['cfg']}, amp {args.amp}")
+    tokenizers.barrier()                                                     # every process has drawn its share
 
 
 def gather(folder, count, out, columns):
@@ -385,27 +392,30 @@ def step_counts(text):
 
 def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
-    p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), default=0, metavar="SEED", help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
-    p.add_argument("--batch-size", type=within(1, kind=int), metavar="N", default=80, help="images at once in each process (default: %(default)s)")
+    count = within(1, kind=int)
+    p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), default=0, metavar="SEED",
+                   help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
+    p.add_argument("--batch-size", type=count, metavar="N", default=80, help="images at once in each process (default: %(default)s)")
     for kind, text in zip(PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
         p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
-    p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"], help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
-    for name, kind, text in (("ar-steps", within(1, kind=int), "AR steps of MixAR, Eq. 6"),
+    p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
+                   help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
+    for name, kind, text in (("ar-steps", count, "AR steps of MixAR, Eq. 6"),
                              ("diffusion-steps", step_counts, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
                              ("cfg", within(0), "guidance scale of MixAR, 1 for none"), ("temperature", within(0), "of the diffusion noise"),
-                             ("prior-steps", within(1, kind=int), "steps of the prior, Eq. 4"), ("prior-cfg", within(0), "guidance scale of the prior, 0 for none"),
+                             ("prior-steps", count, "steps of the prior, Eq. 4"), ("prior-cfg", within(0), "guidance scale of the prior, 0 for none"),
                              ("prior-temperature", within(0), "randomness of which codes the prior keeps")):
         p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
     p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--device", type=on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py (default: %(default)s)")
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
-    p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; any other name: a folder of pngs (default RUN/grid.png)")
+    p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; else a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn (default: %(default)s)")
     p.add_argument("--count", type=within(1, kind=int), default=80, metavar="N", help="number of images (default: %(default)s)")
     add_options(p)
@@ -415,42 +425,25 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     keep_memory()
-    args.device = on_device(args.device)
     tokenizers.join()
-    (rank, ranks), barrier = tokenizers.world(), tokenizers.barrier
     system = open_run(args.run, args)
-    settings, given = system.settings, {kind: getattr(args, kind) for kind in PARTS}
     chosen = wanted_classes(args.classes, system.meta["classes"])
-    labels = [chosen[i % len(chosen)] for i in range(args.count)]
-    run_folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    out, columns = Path(args.out) if args.out else run_folder / "grid.png", min(len(chosen) if len(chosen) > 1 else 10, 10, args.count)
-    if out.suffix == ".gif":
-        if args.decode == "discrete":
-            raise SystemExit(f"--out {out}: a gif shows discrete tokens giving way to continuous ones; leave out --decode discrete")
-        if rank == 0:
-            fill_in(out, system, settings, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
-            print(out)
-        return
+    labels = np.resize(chosen, args.count)                                   # the classes in turn
+    out, columns = Path(args.out or system.path.parent / "grid.png"), min(len(chosen) if len(chosen) > 1 else 10, 10, args.count)
     folder = out.with_name(out.name + ".parts") if out.suffix in (".png", ".npz") else out
-    made_from = dict(run=str(Path(args.run).resolve()), step=system.step, saved=system.path.stat().st_mtime, weights=args.weights, decode=args.decode, seed=args.seed, classes=args.classes, **given, **settings)
-    note = folder / "settings.json"
-    if note.is_file() and json.loads(note.read_text()) != made_from:
-        raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
-    if rank == 0:
-        tokenizers.write_json(note, made_from)
-    barrier()                                                                # no picture before its note
-    drawn, seconds, prior_seconds = draw_pngs(system, folder, labels, settings, args, rank, ranks)
-    if drawn and rank == 0:
-        print(f"{seconds / drawn:.4f} s/image on each of {ranks} process(es), {prior_seconds / seconds:.0%} of it the prior; {drawn} images, batch {min(args.batch_size, drawn)}, "
-              f"{args.device}, {settings['ar_steps']} AR x {settings['diffusion_steps']} diffusion steps, cfg {settings['cfg']}, amp {args.amp}")
-    barrier()                                                                # every process has drawn its share
-    if rank == 0 and folder != out:
-        gather(folder, args.count, out, columns)
-        shutil.rmtree(folder)
-    if rank == 0:
+    if out.suffix == ".gif" and args.decode == "discrete":
+        raise SystemExit(f"--out {out}: a gif shows discrete tokens giving way to continuous ones; leave out --decode discrete")
+    if out.suffix != ".gif":
+        draw_pngs(system, folder, labels, args)
+    if tokenizers.world()[0] == 0:
+        if out.suffix == ".gif":
+            fill_in(out, system, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
+        elif folder != out:
+            gather(folder, args.count, out, columns)
+            shutil.rmtree(folder)
         print(out)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()                                         # without it a process may abort at its end
 
 
 if __name__ == "__main__":

@@ -164,11 +164,10 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
         rows = [row for row in csv.DictReader(path.open()) if None not in row.values() and int(row["step"]) <= step] if path.is_file() else []
-        self.before, self.file = float(rows[-1]["seconds"]) if rows else 0.0, path.open("w", newline="")
+        self.before, self.file = float(rows[-1]["seconds"]) if rows else 0.0, path.open("w", newline="", buffering=1)       # row by row
         self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
         self.writer.writeheader()
         self.writer.writerows(rows)
-        self.file.flush()
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -185,7 +184,6 @@ class Log:
         self.bar.set_postfix(loss=f"{loss:.4f}")
         self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4),
                                   images_per_second=round(done * self.B / seconds, 1), seconds=round(self.before + seconds, 2)))
-        self.file.flush()
         if self.board:
             for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm)):
                 self.board.add_scalar(name, value, step)
@@ -254,8 +252,8 @@ def update(args, ddp, model, optimizer, scaler, parts, step):
 def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, meta={}, init=None):
     """Train `model` with `loss` on n pictures to the end of its recipe, going on from folder/last.pt; everything is saved there.
 
-    get_batch(rows, draw) -> tuple of tensors; preview(ema, step) draws pictures. SystemExit as of State, on 5 non-finite
-    losses in a row, after SIGTERM.
+    get_batch(rows, draw) -> tuple of tensors; preview(ema) draws pictures, after `ema` is saved. SystemExit as of State, on
+    5 non-finite losses in a row, after SIGTERM.
     """
     (rank, ranks), recipe, stop, bad = world(), args.recipe[kind], [], 0
     B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else max(args.accumulate, 1)   # vq's entropy is not a mean over images
@@ -288,12 +286,12 @@ def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, met
         if stopping:
             raise SystemExit(f"{kind}: stopped by SIGTERM at step {state.step}, saved in {state.path}; start again to go on")
         if rank == 0 and pictured:
-            preview(state.ema.eval(), state.step)
+            preview(state.ema.eval())
     if rank == 0:
         log.bar.close()
     signal.signal(signal.SIGTERM, previous)
     if rank == 0 and preview:
-        preview(state.ema.eval(), state.step)
+        preview(state.ema.eval())
     barrier()
 
 
@@ -321,7 +319,7 @@ def train_tokenizer(args, shared, kind, source):
         return (x.contiguous(memory_format=torch.channels_last),)
 
     @torch.no_grad()
-    def preview(ema, step):
+    def preview(ema):
         x = torch.tensor(pixels[readable[:10]]).to(args.device).float() / 255
         y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(mixing.quantise(ema.encode(x))) * 2 - 1
         sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
@@ -359,10 +357,7 @@ def train_mixar(args, shared, files, run, tokens):
                 tokens=tokens.meta["made_from"], latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
                 shared=os.path.relpath(shared, run), files={kind: (place(kind), marks[kind]) for kind in files})
 
-    def preview(ema, step):
-        system = sample.System(run, args.device, amp=args.amp, model=ema)
-        sample.draw_figures(system, run, args.seed)
-
+    preview = lambda ema: sample.draw_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
     loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
     fit(args, "mixar", run, model, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
 
@@ -371,7 +366,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     count, number, share = (dict(type=sample.within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", help="shapes (drawn here), a folder of class folders, or a folder of MNIST-family idx files; cropped to the preset's 32 or 256 pixels")
+    g.add_argument("--data", default="shapes", help="shapes (drawn here), or a folder of class folders or MNIST-family files; cropped to 32 (tiny) or 256")
     g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES, help="how X_d guides X_c, section 3.3; none is plain MAR [paper]")
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"], help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
@@ -387,7 +382,7 @@ def parse(argv=None):
     g.add_argument("--batch-size", **count, help="global batch of every stage, whatever the number of processes")
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", dest="mixar_steps", **count, help="steps of stage mixar")
-    length.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures instead [MAR: 400; paper: 320, Fig. 7, and 200 + 200, Fig. 8]")
+    length.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures [MAR: 400; paper: 320, Fig. 7; 200 + 200]")
     g.add_argument("--lr", dest="mixar_lr", **number, help="learning rate of stage mixar, constant after the warm-up [MAR]")
     g.add_argument("--warmup", dest="mixar_warmup", **number, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
     g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
@@ -400,7 +395,7 @@ def parse(argv=None):
     g.add_argument("--runs", default="runs", help="where all runs lie")
     g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
     g.add_argument("--seed", type=sample.within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--device", type=sample.on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
     g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
@@ -419,9 +414,10 @@ def settle(args):
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
         if given and (args.stage == kind or not Path(given).is_file()):
-            raise SystemExit(f"--{kind} {given}: " + (f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file; a stage's is in its folder as last.pt"))
+            why = f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file; a stage's is in its folder as last.pt"
+            raise SystemExit(f"--{kind} {given}: {why}")
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
-            raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or checkpoints of ours; --{kind} is missing")
+            raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or ours; --{kind} is missing")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
@@ -436,45 +432,49 @@ def settle(args):
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
-    sample.keep_memory()
-    args.device = sample.on_device(args.device)
-    if cuda := args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    tokenizers.join("nccl" if cuda else "gloo")
-    rank, _ = world()
+def train_stages(args):
+    """The stage of --stage, or all that are not done, in the order of Fig. 3."""
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
-    run = Path(args.out) if args.out else Path(args.runs) / f"{data}-{args.guidance}{'-ti' if args.ti_mix else ''}"
-    files = {kind: Path(getattr(args, kind) or shared / kind) for kind in ("vae", "vq", "prior")}
-    wants, size = lambda stage: args.stage in ("all", stage), backbone.PRESETS[args.preset]["size"]
+    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    files, stages = {kind: Path(getattr(args, kind) or shared / kind) for kind in sample.PARTS}, [args.stage]
+    if args.stage == "all":
+        stages = [kind for kind in files if not done(files[kind], kind, getattr(args, f"{kind}_steps"))] + ["cache", "mixar"]
     if args.stage in ("all", "vae", "vq", "cache"):
-        source = tokenizers.open_source(args.data, "train", size, args.images)
+        source = tokenizers.open_source(args.data, "train", backbone.PRESETS[args.preset]["size"], args.images)
     elif not shared.is_dir():
         raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
     for kind in ("vae", "vq"):
-        if args.stage == kind or wants(kind) and not done(files[kind], kind, getattr(args, f"{kind}_steps")):
+        if kind in stages:
             train_tokenizer(args, shared, kind, source)
     if args.stage in ("vae", "vq"):
         return
     vae, vq = (sample.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
     sample.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
-    if wants("cache"):
+    if "cache" in stages:
         tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
     if args.stage == "cache":
         return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
     if tokens.meta["made_from"]["data"] != (data if args.data == "shapes" else str(Path(args.data).resolve())):
         raise SystemExit(f"--data {args.data}: {shared / 'tokens'} was made from {tokens.meta['made_from']['data']}; choose another --runs folder")
-    if args.stage == "prior" or wants("prior") and not done(files["prior"], "prior", args.prior_steps):
+    if "prior" in stages:
         train_prior(args, shared, tokens)
-    if wants("mixar"):
+    if "mixar" in stages:
         train_mixar(args, shared, files, run, tokens)
-        if rank == 0:
+        if world()[0] == 0:
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
+
+
+def main(argv=None):
+    args = parse(argv)
+    sample.keep_memory()
+    if cuda := args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    tokenizers.join("nccl" if cuda else "gloo")
+    train_stages(args)
     if dist.is_initialized():
-        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its processes do
+        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
         dist.destroy_process_group()
 
 

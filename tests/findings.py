@@ -150,9 +150,8 @@ def draw(data, seed, columns=20):
     rows, y = [], torch.arange(columns) // 2 % 10
     for key in ("discrete", *METHODS):
         args = fid.parse(next(command for name, command in plan(data, seed) if name == key.replace("discrete", "dcmix"))[1:])
-        system = sample.System(ROOT / args.pictures)
-        settings = system.meta["sampling"] | {k: getattr(args, k) for k in system.meta["sampling"] if hasattr(args, k)}
-        rows.append(system.draw(seed, range(columns), y, settings, "discrete" if key == "discrete" else "continuous")[0])
+        system = sample.open_run(ROOT / args.pictures, args)
+        rows.append(system.draw(seed, range(columns), y, "discrete" if key == "discrete" else "continuous"))
     sample.save_grid(torch.cat(rows), ROOT / "assets" / f"findings-{data}.png", columns)
 
 

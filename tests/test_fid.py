@@ -426,7 +426,7 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     pictures, (draw,), _ = fid.open_pictures(args.pictures, 200, SIZE // 2, args, sample.open_run(args.pictures, args))   # features of smaller pictures
     system, source = sample.System(world / RUN, amp="fp32"), tokenizers.open_source(str(world / "colours"), "test", SIZE, 200)
     x_d = system.encode_discrete(np.stack([source.read(i) for i in range(200)]))
-    expected = system.draw(0, range(200), torch.tensor(source.labels), system.meta["sampling"], x_d=x_d)[0]
+    expected = system.draw(0, range(200), torch.tensor(source.labels), x_d=x_d)
     assert np.array_equal(draw(*map(list, zip(*pictures))), expected.numpy())
     with pytest.raises(SystemExit, match="--count 201 with --truth: .*colours holds out 200 pictures"):
         measured(RUN, "--truth", "--count", "201")

@@ -162,10 +162,9 @@ def test_the_gradient_is_clipped_to_the_norm_of_clip():
 def test_every_sampling_setting_reaches_its_sampler(monkeypatch):
     """ar_steps, diffusion_steps, cfg, its schedule, temperature and bound go to Eq. (6), the prior's four settings to Eq. (4)."""
     names = ("prior_steps", "prior_cfg", "prior_power", "prior_temperature", "ar_steps", "diffusion_steps", "cfg", "cfg_schedule", "temperature", "bound")
-    settings = {name: name for name in names}
-    system = SimpleNamespace(prior=SimpleNamespace(splits=2), model=SimpleNamespace(N=4, d_c=3), device=torch.device("cpu"), amp="fp32")
+    system = SimpleNamespace(settings={name: name for name in names}, prior=SimpleNamespace(splits=2), model=SimpleNamespace(N=4, d_c=3), device=torch.device("cpu"), amp="fp32")
     monkeypatch.setattr(sample, "sample_prior", lambda prior, y, draw, gumbel, steps, guidance, power, temperature: (steps, guidance, power, temperature))
     monkeypatch.setattr(sample, "generate", lambda model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg, schedule, temperature, bound, on_step:
                         (ar_steps, diffusion_steps, cfg, schedule, temperature, bound))
-    assert sample.System.draw_discrete(system, 0, [0], torch.tensor([0]), settings) == names[:4]
-    assert sample.System.draw_continuous(system, 0, [0], torch.tensor([0]), None, settings) == names[4:]
+    assert sample.System.draw_discrete(system, 0, [0], torch.tensor([0])) == names[:4]
+    assert sample.System.draw_continuous(system, 0, [0], torch.tensor([0]), None) == names[4:]

@@ -585,18 +585,18 @@ def draw_late(rank, ranks, port, arguments):
     """sample.py in two processes; the first is late with the note of its settings, the second with its pictures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    written, drawn = tokenizers.write_whole, sample.draw_pngs
+    written, drawn = tokenizers.write_whole, sample.System.draw
 
     def write_late(path, write):
         time.sleep(2 if Path(path).name == "settings.json" else 0)
         written(path, write)
 
-    def draw_late(system, folder, *more):
-        assert (folder / "settings.json").is_file(), "a picture before the note of its settings"
+    def draw_late(*about):
+        assert Path(f"{arguments[-1]}.parts/settings.json").is_file(), "a picture before the note of its settings"
         time.sleep(2 * rank)
-        return drawn(system, folder, *more)
+        return drawn(*about)
 
-    tokenizers.write_whole, sample.draw_pngs = write_late, draw_late
+    tokenizers.write_whole, sample.System.draw = write_late, draw_late
     sample.main(arguments)
 
 
