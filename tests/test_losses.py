@@ -2,6 +2,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -168,3 +169,20 @@ def test_every_sampling_setting_reaches_its_sampler(monkeypatch):
                         (ar_steps, diffusion_steps, cfg, schedule, temperature, bound))
     assert sample.System.draw_discrete(system, 0, [0], torch.tensor([0])) == names[:4]
     assert sample.System.draw_continuous(system, 0, [0], torch.tensor([0]), None) == names[4:]
+
+
+def test_the_samplers_get_the_random_numbers_of_each_image(monkeypatch):
+    """Gumbel and uniform numbers for Eq. (4); for Eq. (6) a permutation, and normal noise for each diffusion step, image by image in the rows."""
+    settings = dict.fromkeys(("prior_steps", "prior_cfg", "prior_power", "prior_temperature", "ar_steps", "diffusion_steps", "cfg", "cfg_schedule", "temperature", "bound"))
+    system = SimpleNamespace(settings=settings, prior=SimpleNamespace(splits=2), model=SimpleNamespace(N=4, d_c=3), device=torch.device("cpu"), amp="fp32")
+    now = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    monkeypatch.setattr(mixing, "sample_codes", lambda logits, u: u)
+    monkeypatch.setattr(sample, "sample_prior", lambda prior, y, draw, gumbel, *more: (gumbel(), draw(None)))
+    monkeypatch.setattr(sample, "generate", lambda model, x_d, y, order, noise, *more: (order, noise(now, 2)))
+    gumbel, uniform = sample.System.draw_discrete(system, 7, [3, 5], None)
+    order, noise = sample.System.draw_continuous(system, 7, [3, 5], None, None)
+    assert noise.shape == (2, 6, 3)
+    for row, image in enumerate((3, 5)):
+        g, h = (np.random.Generator(np.random.Philox(key=[7, 2 * image + stream])) for stream in (0, 1))
+        assert np.array_equal(gumbel[row], g.gumbel(size=(4, 2)).astype(np.float32)) and np.array_equal(uniform[row], g.random((4, 2), np.float32))
+        assert np.array_equal(order[row], h.permutation(4)) and np.array_equal(noise[:, 3 * row:3 * row + 3], h.standard_normal((2, 3, 3), np.float32))

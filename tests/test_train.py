@@ -361,6 +361,13 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_help_says_the_defaults_there_are(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[MAR] (default: 0.7)" in text and "(default: dcmix)" in text and "(default: None)" not in text and "(default: False)" not in text
+
+
 def test_steps_and_epochs_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--steps", "3", "--epochs", "1"])
