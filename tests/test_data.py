@@ -320,6 +320,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     torch.multiprocessing.spawn(cache_in_one_of, (2, 29631, tmp_path / "two"), nprocs=2)
     one, two = cache_arrays(tmp_path / "one"), cache_arrays(tmp_path / "two")
     assert (two["status"] == 1).all() and (one["indices"] == two["indices"]).mean() > 0.999
+    assert one["moments"].dtype == np.float16 and one["indices"].dtype == np.int32
     assert np.allclose(one["moments"].astype(float), two["moments"].astype(float), atol=2e-3)
 
 

@@ -618,7 +618,8 @@ def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
     base = [str(runs / "shapes-dcmix"), "--count", "6", "--amp", "fp32", "--ar-steps", "4", "--diffusion-steps", "5", "--seed", "3"]
     sample.main([*base, "--batch-size", "6", "--out", str(tmp_path / "a")])
     sample.main([*base, "--batch-size", "1", "--out", str(tmp_path / "b")])
-    assert run("sample.py", *base, "--batch-size", "2", "--out", tmp_path / "c", processes=2).returncode == 0
+    two = run("sample.py", *base, "--batch-size", "2", "--out", tmp_path / "c", processes=2)
+    assert two.returncode == 0 and "on each of 2 process(es)" in two.stdout
     read = lambda name, i: np.asarray(Image.open(tmp_path / name / f"{i:06d}.png")).astype(int)
     for i in range(6):
         assert abs(read("a", i) - read("b", i)).max() <= 1 and abs(read("a", i) - read("c", i)).max() <= 1
