@@ -60,6 +60,13 @@ def sampling(preset, bits):
     return dict(prior_steps=64, prior_cfg=cfg, prior_power=power, prior_temperature=temperature) | PRESETS[preset]["sampling"]
 
 
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
+    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
+
+
 def dropout(x, p):
     """Each entry is 0 with probability p, else divided by 1 - p.   x any shape
 

@@ -315,11 +315,10 @@ def open_pictures(what, count, size, args, run=None):
     else:
         source = tokenizers.open_source(run.meta["data"] if run else what, "test", run.size if run else size, count)
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
-    if run and args.truth:
         held_out = len(source.labels) * source.held_out
-        if count > held_out:
+        if run and count > held_out:
             raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
-        if source.classes != run.meta["classes"]:
+        if run and source.classes != run.meta["classes"]:
             raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
     if run:
         steps.append(partial(draw, run, source.labels, args))
@@ -464,10 +463,9 @@ def evaluate(args):
                 results=[compare(a, reference, args.kid) if reference else a["note"] for a in measured])
 
 
+@sample.processes()
 def main(argv=None):
     args, start = parse(argv), time.time()
-    sample.keep_memory()
-    tokenizers.join()                                                        # by gloo on GPUs, too: only statistics travel
     for path in filter(None, (args.json, args.save_stats)):
         if Path(path).is_dir():
             raise SystemExit(f"{path} is a folder; name a file for the report or the statistics")
@@ -479,8 +477,6 @@ def main(argv=None):
             print(f"{r['source']} ({r['count']}): {'; '.join(found)}")
         report |= dict(device=args.device, processes=world()[1], seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
         tokenizers.write_json(args.json, report) if args.json else print(json.dumps(report, indent=1))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

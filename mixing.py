@@ -4,7 +4,7 @@ Pure functions on tensors. Every random number is an argument; nothing here draw
 here changes its inputs.
 
     Eq. (3)   masked_loss      the prior's loss
-    Eq. (4)   prior_guidance   how the guidance grows while the prior draws X_d
+    Eq. (4)   prior_guidance, least_certain   how the guidance grows while the prior draws X_d, which codes it draws again
     Eq. (6)   hidden_after     how many X_c each AR step leaves hidden
     Eq. (7)   reparameterize, quantise   x_c and x_d from what the encoders put out; losses
     Eq. (8)   sample_mask      which tokens to predict
@@ -192,6 +192,17 @@ def masked_loss(logits, codes):
 def prior_guidance(g, power, i, steps):
     """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
     return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
+
+
+def least_certain(score, known, r):
+    """Eq. (4) after the share r of the steps: True where a code goes back behind the mask, the k of lowest score in each image.   [MaskBit]
+
+    score (B, N, S), known (B, N, S) bool: codes kept before, equally many in each image; they stay. -> (B, N, S) bool.
+    """
+    score = score.masked_fill(known, math.inf)
+    ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
+    k = min(max(math.floor(ratio * known[0].numel()), 1), int((~known[0]).sum()) - 1)
+    return score <= score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
 
 
 def hidden_after(s, steps, N, hidden):

@@ -1,8 +1,7 @@
 """Inference: X_d ~ p_phi(X_d), then X_c ~ p_theta(X_c | X_d), then pixels. Eqs. (4) and (6), Fig. 3 (right).
 
-`sample_prior` is MaskBit's sampler (Eq. 4), `generate` MAR's loop over Eq. (6), `System` all models
-of a run together. Image number i of seed s is the same picture at any batch size and number of
-processes: its random numbers are a function of (s, i).
+`sample_prior` is MaskBit's sampler (Eq. 4), `generate` MAR's loop over Eq. (6), `System` all models of a run together. Image
+number i of seed s is the same picture at any batch size and number of processes: its random numbers are a function of (s, i).
 
 Reads the checkpoints of train.py, feeds fid.py and train.py, which draws pictures, too. Read fid.py next.
 Try: python sample.py runs/shapes-dcmix --out samples.png
@@ -11,6 +10,7 @@ B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to p
 """
 import argparse
 import ctypes
+import gc
 import json
 import math
 import os
@@ -18,6 +18,8 @@ import shutil
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -107,19 +109,27 @@ def autocast(amp, device):
 
 
 def on_device(device):
-    """The argparse type of --device: "cuda" made the GPU of this process. SystemExit where there is none, or on another device."""
-    if device != "cpu" and not device.startswith("cuda"):
-        raise SystemExit(f"--device {device}: unknown; use cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: this machine has no CUDA device; use --device cpu")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    """The argparse type of --device: "cuda" is the GPU of this process, which is made the current one. SystemExit on what is not there."""
+    if device == "cpu":
+        return device
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SystemExit(f"--device {device}: no such device here; use cpu{' or cuda' * torch.cuda.is_available()}")
+    torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    return f"cuda:{torch.cuda.current_device()}"
 
 
-def keep_memory():
-    """Have glibc keep freed memory for the next large tensor: fresh pages for each took a fifth of a training step on a CPU."""
+@contextmanager
+def processes():
+    """Inside, what torchrun started is one group, and glibc keeps freed memory: fresh pages took a fifth of a training step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no mapping of its own for a large block
         libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
+    if "LOCAL_RANK" in os.environ:                                           # one process may wait long for another
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    yield
+    if dist.is_initialized():
+        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
+        dist.destroy_process_group()                                         # without it a process may abort at its end
 
 
 @torch.no_grad()
@@ -142,11 +152,7 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
             logits = prior(x, y)
         drawn = torch.where(known, codes, draw(logits))
         score = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0] + gumbel() * temperature * (1 - r)
-        score = score.masked_fill(known, math.inf)
-        ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
-        k = min(max(math.floor(ratio * N * S), 1), int((~known[0]).sum()) - 1)                   # how many stay masked
-        threshold = score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
-        codes = torch.where(score <= threshold, 2 ** e, drawn)               # the k least certain
+        codes = torch.where(mixing.least_certain(score, known, r), 2 ** e, drawn)
     return mixing.codes_to_bits(drawn, e)
 
 
@@ -154,10 +160,9 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
 def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear", temperature=1.0, bound=None, on_step=None):
     """Eq. (6): fill the masked X_c in ar_steps steps, each token by the diffusion head.   [MAR]
 
-    x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), diffusion_steps: of every AR step, or of the
-    first and the last, linear between [ours]; noise(now (B, N) bool, n) -> (n, rows, C) standard normal for the n diffusion
-    steps of the tokens of this AR step; on_step(m) sees the mask left.
-    cfg is the guidance scale, growing linearly with the tokens known or constant; bound: see diffusion_head. -> x_c (B, N, C).
+    x_d (B, N, d_d), y (B,), order (B, N) permutations (filled from the end), diffusion_steps: of every AR step, or of the first and the last,
+    linear between [ours]; noise(now (B, N) bool, n) -> (n, rows, C) standard normal for the n diffusion steps of this AR step's tokens; on_step(m)
+    sees the mask left. cfg is the guidance scale, growing linearly with the tokens known or constant; bound: see diffusion_head. -> x_c (B, N, C).
     """
     B, N = order.shape
     x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
@@ -345,16 +350,14 @@ def draw_pngs(system, folder, labels, args):
         tokenizers.write_json(note, made_from)
     tokenizers.barrier()                                                     # no picture before its note
     missing, seconds = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()], 0.0
-    bar = tqdm(total=len(missing), desc="samples", unit="img", disable=rank > 0 or None)
-    for k in range(0, len(missing), args.batch_size):
+    starts = range(0, len(missing), args.batch_size)
+    for k in tqdm(starts, "samples", unit="img", unit_scale=args.batch_size, disable=rank > 0 or None):
         indices, start = missing[k:k + args.batch_size], time.time()
         y = torch.tensor(labels[indices], device=system.device)
         pictures = system.draw(args.seed, indices, y, args.decode).permute(0, 2, 3, 1).cpu().numpy()
         seconds += time.time() - start
         for i, picture in zip(indices, pictures):
             tokenizers.write_whole(folder / f"{i:06d}.png", lambda file: Image.fromarray(picture).save(file, "png"))
-        bar.update(len(indices))
-    bar.close()
     if missing and rank == 0:
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), {system.prior_seconds / seconds:.0%} of it the prior; "
               f"{len(missing)} images, batch {min(args.batch_size, len(missing))}, {args.device}, "
@@ -422,10 +425,9 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
+@processes()
 def main(argv=None):
     args = parse(argv)
-    keep_memory()
-    tokenizers.join()
     system = open_run(args.run, args)
     chosen = wanted_classes(args.classes, system.meta["classes"])
     labels = np.resize(chosen, args.count)                                   # the classes in turn
@@ -442,8 +444,6 @@ def main(argv=None):
             gather(folder, args.count, out, columns)
             shutil.rmtree(folder)
         print(out)
-    if dist.is_initialized():
-        dist.destroy_process_group()                                         # without it a process may abort at its end
 
 
 if __name__ == "__main__":

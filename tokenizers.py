@@ -18,7 +18,6 @@ import math
 import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 from tqdm import tqdm
 
 from mixing import bits_to_codes, codes_to_bits, quantise, reparameterize
-
 
 norm = partial(nn.GroupNorm, eps=1e-6)                                       # groups, channels
 
@@ -78,8 +76,7 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c, c, maskbit, groups) for j in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c, groups) if j < attn else nn.Identity() for j in range(blocks))
-        steps = dict(halve=dict(stride=2), double=dict(padding=1))
-        self.resize = nn.Conv2d(c, c, 3, **steps[resize]) if resize else nn.Identity()
+        self.resize = nn.Conv2d(c, c, 3, **{"halve": dict(stride=2), "double": dict(padding=1)}[resize]) if resize else nn.Identity()
         self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
@@ -96,9 +93,8 @@ class Level(nn.Module):
 def autoencoder(width, mult, blocks, out, z, attn, maskbit, groups):
     """Encoder, pictures (B, 3, H, W) -> (B, out, h, w), and decoder, (B, z, h, w) -> pictures, of the KL-VAE or, with `maskbit`, of MaskBit.
 
-    width * mult: channels per level of the encoder, each but the last halves the picture; the decoder goes back, up[0] is the
-    lowest resolution. The KL-VAE has attention in the middle and at the encoder's lowest level, with `attn` at the decoder's,
-    too, and one block more per level in the decoder.
+    width * mult: channels per level of the encoder, each but the last halves the picture; the decoder goes back, up[0] is the lowest resolution.
+    The KL-VAE has attention in the middle and at the encoder's lowest level, with `attn` at the decoder's, too, and one block more per level there.
     """
     def levels(widths, blocks, attn, resize):
         """A Level per width, each but the last followed by `resize`; attention in the levels with `attn`.   -> nn.Sequential"""
@@ -130,6 +126,7 @@ class KLVAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder = autoencoder(width, mult, blocks, out=2 * z, z=z, attn=attn, maskbit=False, groups=groups)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+        nn.init.constant_(self.quant_conv.bias[z:], -5)                      # training starts with little posterior noise [ours]
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance in [-30, 20], each (B, z, h, w)."""
@@ -312,12 +309,6 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join(backend="gloo"):
-    """The processes that torchrun started become one group; without torchrun there is nothing to do."""
-    if "LOCAL_RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(days=1))          # one may wait long for another
-
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -354,11 +345,10 @@ def fingerprint(module):
 
 
 def fill(folder, source, make, batch=64, **made_with):
-    """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together.
+    """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together -> the dict in meta.json.
 
-    make(uint8 (b, 3, H, W)) -> {name of a file: array (b, ...)}. status.npy says 0 for a picture to do, 1 done,
-    2 unreadable, so a killed run goes on where it was. -> the dict in meta.json.
-    SystemExit if `folder` was made from something else, or if no picture can be read.
+    make(uint8 (b, 3, H, W)) -> {name of a file: array (b, ...)}. status.npy says 0 for a picture to do, 1 done, 2 unreadable, so a
+    killed run goes on where it was. SystemExit if `folder` was made from something else, or if no picture can be read.
     """
     (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
     meta = read_meta(folder)
@@ -411,12 +401,6 @@ def readable(folder, *names):
     """The files `names` of a cache, and which of their rows hold a picture that could be read."""
     *arrays, status = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in (*names, "status"))
     return *arrays, np.flatnonzero(status == 1)
-
-
-def cache_images(folder, source):
-    """The pictures, decoded once into `folder` -> uint8 (n, 3, size, size), which of these rows could be read."""
-    fill(folder, source, lambda pictures: {"pixels": pictures})
-    return readable(folder, "pixels")
 
 
 @torch.no_grad()

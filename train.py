@@ -13,11 +13,9 @@ B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per toke
 import argparse
 import copy
 import csv
-import gc
 import math
 import os
 import signal
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import backbone
@@ -76,10 +73,7 @@ def vae_loss(model, batch, draw, step):
 
 
 def vq_loss(model, batch, draw, step):
-    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit] without perceptual and GAN terms
-
-    and without the greater weight of the entropies in MaskBit's first steps [ours].
-    """
+    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit], but for perceptual, GAN and early entropy weights [ours]"""
     x = batch[0]
     z = model.encode(x).float()
     y = model.decode(z + (mixing.quantise(z) - z).detach())              # straight-through
@@ -143,13 +137,6 @@ def make_optimizer(model, recipe):
     return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
-    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
-    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
-
-
 @torch.no_grad()
 def update_ema(ema, model, n, decay):
     """The n-th moving average (n from 0), decay min(decay, (1 + n) / (10 + n))."""
@@ -163,11 +150,9 @@ class Log:
     def __init__(self, folder, kind, step, steps, B, args):
         folder.mkdir(parents=True, exist_ok=True)
         path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
-        rows = [row for row in csv.DictReader(path.open()) if None not in row.values() and int(row["step"]) <= step] if path.is_file() else []
-        self.before, self.file = float(rows[-1]["seconds"]) if rows else 0.0, path.open("w", newline="", buffering=1)       # row by row
-        self.writer = csv.DictWriter(self.file, ["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"])
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and row[0].isdigit() and int(row[0]) <= step] if path.is_file() else []
+        self.before, self.writer = float(rows[-1][-1]) if rows else 0.0, csv.writer(path.open("w", newline="", buffering=1))         # row by row
+        self.writer.writerows([["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"], *rows])
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -182,8 +167,7 @@ class Log:
             return
         seconds, done = self.bar.format_dict["elapsed"], step - self.bar.initial
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        self.writer.writerow(dict(step=step, loss=round(loss, 6), lr=f"{lr:.4g}", grad_norm=round(grad_norm, 4),
-                                  images_per_second=round(done * self.B / seconds, 1), seconds=round(self.before + seconds, 2)))
+        self.writer.writerow([step, round(loss, 6), f"{lr:.4g}", round(grad_norm, 4), round(done * self.B / seconds, 1), round(self.before + seconds, 2)])
         if self.board:
             for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm)):
                 self.board.add_scalar(name, value, step)
@@ -192,14 +176,20 @@ class Log:
 class State:
     """What last.pt holds: model, moving average, optimiser and scaler after `step` steps; ema_start averages were before them.
 
-    Taken up from folder/last.pt, else the weights alone from another checkpoint or run, `init`. SystemExit on a damaged
-    or foreign file, or one made with other settings.
+    From folder/last.pt, else with the weights of another checkpoint or run, `init`, else new. SystemExit on a file that is
+    damaged, foreign or of other settings, and if there is no model of this configuration.
     """
 
-    def __init__(self, args, kind, folder, model, config, meta, init):
+    def __init__(self, args, kind, folder, config, meta, init):
         settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"], tokens=meta.get("tokens"))
         self.about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
-        self.path, self.step, self.ema_start, self.model = folder / "last.pt", 0, 0, model.to(args.device)
+        self.path, self.step, self.ema_start = folder / "last.pt", 0, 0
+        torch.manual_seed(args.seed)
+        try:
+            self.model = sample.KINDS[kind](**config).to(args.device, memory_format=torch.channels_last)         # convolutions run faster so
+        except ValueError as error:                                          # more bits than channels
+            raise SystemExit(str(error)) from None
+        self.model.recompute = args.checkpoint_activations                   # which only MixAR does
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[kind])
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
@@ -226,18 +216,14 @@ class State:
 
 
 def update(args, ddp, model, optimizer, scaler, parts, step):
-    """One step of the optimiser on the mean over `parts`, a list of (batch, draw), left out where loss or gradient is not finite.
-
-    Several parts have the gradient of the undivided batch (--accumulate). -> loss over all ranks, gradient norm, whether taken.
-    """
+    """One step of the optimiser on `parts` [(batch, draw)] of one batch -> loss over all ranks, gradient norm, whether taken: both are finite."""
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=parts[0][1].device)
     for batch, draw in parts:
-        waits = batch is not parts[-1][0] and isinstance(ddp, DistributedDataParallel)           # ranks talk once a step
-        with ddp.no_sync() if waits else nullcontext():
-            with sample.autocast(args.amp, draw.device):
-                loss = ddp(batch, draw, step) / len(parts)
-            scaler.scale(loss).backward()
+        ddp.require_backward_grad_sync = batch is parts[-1][0]               # ranks talk once a step
+        with sample.autocast(args.amp, draw.device):
+            loss = ddp(batch, draw, step) / len(parts)
+        scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
@@ -249,25 +235,23 @@ def update(args, ddp, model, optimizer, scaler, parts, step):
     return loss, norm, taken
 
 
-def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, meta={}, init=None):
-    """Train `model` with `loss` on n pictures to the end of its recipe, going on from folder/last.pt; everything is saved there.
+def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, init=None):
+    """Train the model `config` of this kind with `loss` on n pictures to the end of its recipe, going on from folder/last.pt; all is saved there.
 
-    get_batch(rows, draw) -> tuple of tensors; preview(ema) draws pictures, after `ema` is saved. SystemExit as of State, on
-    5 non-finite losses in a row, after SIGTERM.
+    get_batch(rows, draw) -> tensors; preview(ema) draws pictures of what is saved. SystemExit as of State, on 5 non-finite losses in a row, after SIGTERM.
     """
     (rank, ranks), recipe, stop, bad = world(), args.recipe[kind], [], 0
     B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else max(args.accumulate, 1)   # vq's entropy is not a mean over images
     if B % (ranks * parts):
         raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
-    state = State(args, kind, folder, model, config, meta, init)
+    state = State(args, kind, folder, config, meta, init)
     ddp = Loss(state.model.train(), loss)
-    ddp = DistributedDataParallel(ddp) if ranks > 1 else ddp
+    ddp = nn.parallel.DistributedDataParallel(ddp) if ranks > 1 else ddp
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
     while state.step < steps:
-        lr = learning_rate(recipe, state.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = backbone.learning_rate(recipe, state.step)
         batches = draw_batches(args, get_batch, n, B, state.step, parts)
         value, norm, taken = update(args, ddp, state.model, state.optimizer, state.scaler, batches, state.step)
         bad = 0 if taken else bad + 1
@@ -280,7 +264,7 @@ def fit(args, kind, folder, model, config, loss, n, get_batch, preview=None, met
         stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=args.device)) > 0
         pictured = preview and args.sample_every and state.step % args.sample_every == 0 and state.step < steps
         if rank == 0:
-            log.write(state.step, value, lr, norm)
+            log.write(state.step, value, state.optimizer.param_groups[0]["lr"], norm)
             if state.step % args.save_every == 0 or state.step == steps or stopping or pictured:
                 state.save()
         if stopping:
@@ -305,17 +289,13 @@ def done(path, kind, steps):
 
 def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq: pixels -> tokenizer, and a picture of originals above reconstructions."""
-    config, (pixels, readable) = backbone.PRESETS[args.preset][kind], tokenizers.cache_images(shared / "images", source)
-    torch.manual_seed(args.seed)
-    model = sample.KINDS[kind](**config).to(memory_format=torch.channels_last)           # convolutions run faster so
-    if kind == "vae":
-        nn.init.constant_(model.quant_conv.bias[config["z"]:], -5)           # start with little posterior noise [ours]
+    tokenizers.fill(shared / "images", source, lambda pictures: {"pixels": pictures})
+    pixels, readable = tokenizers.readable(shared / "images", "pixels")
 
     def get_batch(rows, draw):
         x = torch.tensor(pixels[readable[rows]]).float() / 255
         if source.mirror:
-            flip = draw(torch.rand).cpu() < 0.5
-            x = torch.where(flip[:, None, None, None], x.flip(3), x)
+            x = torch.where(draw(torch.rand).cpu()[:, None, None, None] < 0.5, x.flip(3), x)
         return (x.contiguous(memory_format=torch.channels_last),)
 
     @torch.no_grad()
@@ -324,15 +304,15 @@ def train_tokenizer(args, shared, kind, source):
         y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(mixing.quantise(ema.encode(x))) * 2 - 1
         sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
-    fit(args, kind, shared / kind, model, config, vae_loss if kind == "vae" else vq_loss, len(readable), get_batch, preview)
+    config, loss = backbone.PRESETS[args.preset][kind], vae_loss if kind == "vae" else vq_loss
+    fit(args, kind, shared / kind, config, loss, len(readable), get_batch, preview)
 
 
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
-    torch.manual_seed(args.seed)
-    loss = partial(prior_loss, label_drop=args.label_drop)
-    fit(args, "prior", shared / "prior", backbone.MaskBitPrior(**config), config, loss, tokens.n, tokens.batch, meta=dict(tokens=tokens.meta["made_from"]))
+    meta = dict(tokens=tokens.meta["made_from"])
+    fit(args, "prior", shared / "prior", config, partial(prior_loss, label_drop=args.label_drop), tokens.n, tokens.batch, meta=meta)
 
 
 def train_mixar(args, shared, files, run, tokens):
@@ -340,12 +320,6 @@ def train_mixar(args, shared, files, run, tokens):
     N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
     config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
     recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * max(tokens.n // recipe["batch"], 1)), 1))
-    torch.manual_seed(args.seed)
-    try:
-        model = backbone.MAR(**config)
-    except ValueError as error:                                              # more bits than channels
-        raise SystemExit(str(error)) from None
-    model.recompute = args.checkpoint_activations
     prior, saved = sample.load_model(files["prior"], "prior")
     sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
     if not args.prior and saved["meta"].get("tokens") != tokens.meta["made_from"]:
@@ -359,7 +333,7 @@ def train_mixar(args, shared, files, run, tokens):
 
     preview = lambda ema: sample.draw_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
     loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
-    fit(args, "mixar", run, model, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
+    fit(args, "mixar", run, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
 
 
 def parse(argv=None):
@@ -466,16 +440,9 @@ def train_stages(args):
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
 
 
+@sample.processes()
 def main(argv=None):
-    args = parse(argv)
-    sample.keep_memory()
-    if cuda := args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    tokenizers.join("nccl" if cuda else "gloo")
-    train_stages(args)
-    if dist.is_initialized():
-        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
-        dist.destroy_process_group()
+    train_stages(parse(argv))
 
 
 if __name__ == "__main__":

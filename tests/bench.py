@@ -105,7 +105,7 @@ def bench_inception():
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or ["train", "generate", "maskbit", "inception"]
-    sample.keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name in chosen:
-        globals()[f"bench_{name}"]()
+    with sample.processes():
+        for name in chosen:
+            globals()[f"bench_{name}"]()

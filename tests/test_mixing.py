@@ -1,4 +1,4 @@
-"""Eqs. (8) to (12), sections 3.3 and 3.4: every test is named after its equation and works on literals.
+"""Eqs. (4) and (8) to (12), sections 3.1 to 3.4: every test is named after its equation and works on literals.
 
 A failing test's docstring says what the equation asks for. Tokens are written as (B, N, d) lists; most have one
 image (B = 1), so that a row can be read off.
@@ -17,6 +17,29 @@ T, F = True, False
 
 def bools(*rows):
     return torch.tensor(rows)
+
+
+# Eq. (4): what the prior draws again
+
+def drawn_again(score, known, r):
+    """One image of 4 tokens with 2 codes each: the scores in order -> the places of the codes that go back behind the mask."""
+    score, known = torch.tensor(score).view(1, 4, 2), torch.tensor(known, dtype=torch.bool).view(1, 4, 2)
+    return mixing.least_certain(score, known, r).flatten().nonzero().flatten().tolist()
+
+
+def test_eq04_hides_the_least_certain_codes_again():
+    """Eq. (4): after the share r of the steps acos(r) / (pi / 2) of all codes, rounded down, are hidden again: the least certain of those not kept before."""
+    score = [.8, .1, .7, .2, .6, .3, .5, .4]
+    assert drawn_again(score, [0] * 8, 0.5) == [1, 3, 5, 6, 7], "2/3 of 8 codes are 5, those of the lowest score"
+    assert drawn_again(score, [0] * 8, 0.9) == [1, 3], "0.287 of 8 codes are 2"
+    assert drawn_again(score, [0, 1, 0, 1, 0, 0, 0, 0], 0.5) == [2, 4, 5, 6, 7], "a code kept before stays, uncertain as it was"
+    assert drawn_again(score, [0, 1, 0, 1, 0, 1, 1, 1], 0.5) == [2, 4], "every step keeps at least one more"
+
+
+def test_eq04_every_image_keeps_its_own_codes():
+    """Eq. (4): which codes are certain is decided in each image by itself."""
+    score = torch.tensor([[[.1], [.2], [.3], [.4]], [[40.], [30.], [20.], [10.]]])
+    assert mixing.least_certain(score, torch.zeros(2, 4, 1, dtype=torch.bool), 0.5)[..., 0].tolist() == [[T, T, F, F], [F, F, T, T]]
 
 
 # Eq. (8): the mask

@@ -74,7 +74,7 @@ def one_ratio_for_the_batch(u_ratio, u_code):
 
 # Eq. (4)
 
-sample_prior, prior_guidance = sample.sample_prior, mixing.prior_guidance
+sample_prior, prior_guidance, least_certain = sample.sample_prior, mixing.prior_guidance, mixing.least_certain
 
 
 @mistake(4, sample, "sample_prior")
@@ -100,6 +100,28 @@ def constant_guidance(g, power, i, steps):
 @mistake(4, mixing, "prior_guidance")
 def power_of_the_whole_cosine(g, power, i, steps):
     return g * ((1 - math.cos(math.pi * i / steps)) / 2) ** power
+
+
+@mistake(4, mixing, "least_certain")
+def the_most_certain_hidden(score, known, r):
+    return least_certain(-score, known, r)
+
+
+@mistake(4, mixing, "least_certain")
+def kept_codes_hidden_again(score, known, r):
+    hidden = least_certain(score, known, r)
+    return score <= score.flatten(1).sort(dim=1).values[:, int(hidden[0].sum()) - 1, None, None]
+
+
+@mistake(4, mixing, "least_certain")
+def linear_schedule(score, known, r):
+    return least_certain(score, known, math.cos(math.pi / 2 * (1 - r)))
+
+
+@mistake(4, mixing, "least_certain")
+def one_threshold_for_the_batch(score, known, r):
+    score = score.masked_fill(known, math.inf)
+    return score <= score[least_certain(score, known, r)].max()
 
 
 # Eq. (5)
