@@ -250,6 +250,30 @@ def test_accumulation_gives_the_gradients_of_the_undivided_batch(tmp_path, kind)
         assert (one - four).abs().max() <= 1e-5 * largest
 
 
+def test_processes_talk_once_a_step(tmp_path):
+    """--accumulate: gradients are averaged over processes after the last part alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        model, talks = torch.nn.Linear(2, 1), []
+        ddp = DistributedDataParallel(train.Loss(model, lambda model, batch, draw, step: model(batch).mean()))
+
+        def talk(talks, bucket):
+            talks.append(1)
+            averaged = torch.futures.Future()
+            averaged.set_result(bucket.buffer())
+            return averaged
+
+        ddp.register_comm_hook(talks, talk)
+        parts = [(torch.ones(1, 2), train.Draw(0, 0, 1, torch.device("cpu"))) for _ in range(3)]
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", enabled=False)
+        for step in (1, 2):
+            train.update(train.parse(["--amp", "fp32"]), ddp, model, optimizer, scaler, parts, 0)
+            assert len(talks) == step
+        assert model.weight.grad.tolist() == [[1.0, 1.0]]
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("guidance", backbone.GUIDANCES)
 def test_recomputed_activations_give_the_same_gradients(guidance):
     """--checkpoint-activations, with dropout: the second pass drops the same."""
