@@ -292,12 +292,11 @@ def test_recomputed_activations_give_the_same_gradients(guidance):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_recomputed_activations_are_not_kept():
-    """Without recomputing, the inner activations of every block stay in memory until the backward pass."""
-    model = backbone.MAR(N=64, d_c=8, d_d=8, classes=10, **backbone.PRESETS["tiny"]["mar"]).train()
-    draw, kept = train.Draw(0, 5, 8, torch.device("cpu")), []
-    for model.recompute in (False, True):
-        sizes = {}
+def test_recomputed_activations_are_not_kept(tmp_path):
+    """--checkpoint-activations: without it the inner activations of every block stay in memory until the backward pass."""
+    draw, kept, config = train.Draw(0, 5, 8, torch.device("cpu")), [], dict(N=64, d_c=8, d_d=8, classes=10) | backbone.PRESETS["tiny"]["mar"]
+    for flags in ([], ["--checkpoint-activations"]):
+        model, sizes = train.State(train.parse(flags), "mixar", tmp_path, config, {}, None).model.train(), {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
             model(*batch_of("mixar", draw.rows)[0:1], batch_of("mixar", draw.rows)[2], torch.arange(64).expand(8, -1) < 50, torch.arange(8), torch.zeros(8, dtype=torch.bool))
         kept.append(sum(sizes.values()))
