@@ -11,6 +11,7 @@ import golden
 import mixing
 import sample
 import tokenizers
+from backbone import PRESETS
 
 # Eq. (7) on literals
 
@@ -212,3 +213,10 @@ def test_golden_bytes():
     ties = scaled % 1 == 0.5                                                 # the only values that VA-VAE's code rounds otherwise
     assert found[~ties].tolist() == g["to_uint8_vavae"][~ties].tolist()
     assert sample.truncate(g["to_uint8_in_01"]).tolist() == g["to_uint8_maskbit"].tolist()
+
+
+def test_a_new_vae_starts_with_little_posterior_noise():
+    """Log variance about -5, mean about 0: the decoder sees the mean from the first step on."""
+    torch.manual_seed(0)
+    mean, logvar = tokenizers.KLVAE(**PRESETS["tiny"]["vae"]).encode(torch.rand(4, 3, 32, 32) * 2 - 1)
+    assert logvar.mean().item() == pytest.approx(-5, abs=0.5) and mean.mean().item() == pytest.approx(0, abs=0.5)

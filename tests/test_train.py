@@ -489,7 +489,9 @@ def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
     log = train.Log(tmp_path, "mixar", 0, 20, 8, args)
     for step in range(1, 11):
         log.write(step, 1.0, 1e-3, 1.0)
-    resumed = train.Log(tmp_path, "mixar", 10, 20, 8, args)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("15,0.5")                                                 # what a killed process left
+    resumed = train.Log(tmp_path, "mixar", 18, 20, 8, args)
     assert resumed and [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["10"]
 
 
