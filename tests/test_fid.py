@@ -436,6 +436,9 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     note.meta["classes"] = note.meta["classes"][::-1]
     with pytest.raises(SystemExit, match="the held-out pictures have the classes"):
         fid.open_pictures(args.pictures, 20, SIZE, args, note)
+    note.meta["data"] = str(world / "colours" / "train")                     # pictures the run was trained with are none
+    with pytest.raises(SystemExit, match="train holds out 0 pictures"):
+        fid.open_pictures(args.pictures, 20, SIZE, args, note)
 
 
 def test_a_run_is_compared_with_the_held_out_pictures_of_its_data_by_default(world, measured):
