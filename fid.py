@@ -430,12 +430,10 @@ def evaluate(args):
     saved = {what: found for what in (A, B) if what and (found := load_statistics(what))}
     if args.truth and not (run and run.meta["data"]):
         raise SystemExit(f"--truth takes X_d from the data set of a run, and {A} names none")
-    if args.rfd and not (A in runs and B):
-        raise SystemExit(f"--rfd reconstructs B by the tokenizers of a run A; A is {A}, B {B}")
-    if args.kid and not B:
-        raise SystemExit("--kid needs something to compare with; give B")
-    if saved and (args.kid or args.rfd):
-        raise SystemExit(f"--kid and --rfd need single pictures, and {next(iter(saved))} holds statistics")
+    if args.rfd and (A not in runs or not B or B in saved):
+        raise SystemExit(f"--rfd reconstructs pictures of B, not statistics, by the tokenizers of a run A; A is {A}, B {B}")
+    if args.kid and (saved or not B):
+        raise SystemExit(f"--kid compares single pictures of A and of B, not statistics; A is {A}, B {B}")
     if world()[0] == 0:                                                      # fetches or trains, the others then read
         find_extractor(args, run)
     tokenizers.barrier()

@@ -648,10 +648,11 @@ def bad(world, folder):
             "no pictures": ([f"{folder}/empty", "flat"], "empty: no pictures in this folder"),
             "checkpoint of another kind": ([str(world / "runs/colours/vae/last.pt"), "flat"], "expected a mixar checkpoint, found vae"),
             "features of another kind": (["samples.npz", "flat", "--features", str(world / RUN / "last.pt")], "expected a classifier checkpoint, found mixar"),
-            "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "wide.npz holds statistics"),
+            "no features for KID": (["samples.npz", f"{folder}/wide.npz", "--kid"], "--kid compares single pictures of A and of B, not statistics; A is .*samples.npz, B .*wide.npz"),
             "no run for --truth": (["flat", "flat", "--truth"], "--truth takes X_d from the data set of a run, and .*flat names none"),
-            "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs B by the tokenizers of a run A"),
-            "nothing to be near to": (["samples.npz", "--kid"], "--kid needs something to compare with")}
+            "no run to reconstruct by": (["flat", "flat", "--rfd"], "--rfd reconstructs pictures of B, not statistics, by the tokenizers of a run A; A is .*flat, B .*flat"),
+            "nothing to reconstruct": ([str(world / RUN), f"{folder}/wide.npz", "--rfd"], "--rfd reconstructs pictures of B, not statistics"),
+            "nothing to be near to": (["samples.npz", "--kid"], "--kid compares single pictures of A and of B, not statistics; A is .*samples.npz, B None")}
 
 
 def test_errors_are_one_line(world, measured, tmp_path):
