@@ -350,8 +350,7 @@ def draw_pngs(system, folder, labels, args):
         tokenizers.write_json(note, made_from)
     tokenizers.barrier()                                                     # no picture before its note
     missing, seconds = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()], 0.0
-    starts = range(0, len(missing), args.batch_size)
-    for k in tqdm(starts, "samples", unit="img", unit_scale=args.batch_size, disable=rank > 0 or None):
+    for k in tqdm(range(0, len(missing), args.batch_size), "samples", unit="batch", disable=rank > 0 or None):
         indices, start = missing[k:k + args.batch_size], time.time()
         y = torch.tensor(labels[indices], device=system.device)
         pictures = system.draw(args.seed, indices, y, args.decode).permute(0, 2, 3, 1).cpu().numpy()

@@ -76,7 +76,7 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c, c, maskbit, groups) for j in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c, groups) if j < attn else nn.Identity() for j in range(blocks))
-        self.resize = nn.Conv2d(c, c, 3, **{"halve": dict(stride=2), "double": dict(padding=1)}[resize]) if resize else nn.Identity()
+        self.resize = nn.Conv2d(c, c, 3, stride=2 if resize == "halve" else 1, padding=1 if resize == "double" else 0) if resize else nn.Identity()
         self.maskbit, self.how = maskbit, resize
 
     def forward(self, x):
