@@ -412,7 +412,7 @@ def from_official(saved, kind, path, weights="ema"):
         raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
 
 
-# name: preset, guidance, d_c, other head; the paper's parameters (M) and tokens without class tokens
+# name: preset, guidance, d_c, other head; the paper's parameters (M) and tokens
 SIZES = {"MAR-B": ("base", "none", 16, {}, 208, ""), "MAR-L": ("large", "none", 16, dict(head_depth=8, head_width=1280), 479, ""),
          "MAR-H": ("huge", "none", 16, {}, 943, ""), "MixAR-B": ("base", "dcmix", 32, {}, 208, ""), "MixAR-L, DC-Mix": ("large", "dcmix", 32, {}, 557, 320),
          "MixAR-L, DC-SA": ("large", "dcsa", 32, {}, 574, 512), "MixAR-L, DC-CA": ("large", "dcca", 32, {}, 707, 512)}

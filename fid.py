@@ -36,8 +36,7 @@ from tokenizers import world
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), the distance of two normal distributions.   [Heusel 2017]
 
-    mu (d,), sigma (d, d), also singular -> float. S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
-    ValueError on other shapes or non-finite values.
+    mu (d,), sigma (d, d), also singular, all finite, else ValueError -> float. S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2).
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == 2 * mu1.shape:
@@ -83,9 +82,7 @@ def kernel_distance(features1, features2, subsets=100, size=1000, seed=2020):
 
 def moments(features):
     """(n, d) -> n, mean (d,) and scatter (d, d), the sum of (x - mean)(x - mean)^T."""
-    x = np.asarray(features, np.float64)
-    centred = x - x.mean(0)
-    return len(x), x.mean(0), centred.T @ centred
+    return len(features), features.mean(0, np.float64), len(features) * np.cov(features, rowvar=False, bias=True)
 
 
 def merge(a, b):
@@ -135,19 +132,8 @@ class Mixed(nn.Module):
                 c = int(width)
 
     def forward(self, x):
-        joined = []
-        for branch, chain in self.branches.items():
-            y = self.pool(x) if "pool" in branch else x
-            for layers in chain:
-                y = torch.cat([layer(y) for layer in layers], dim=1)
-            joined.append(y)
-        return torch.cat(joined, dim=1)
-
-
-def resize_tf1(x, size=299):
-    """float (B, 3, H, W) -> (B, 3, size, size), bilinear from the corner without half a pixel's offset, as TensorFlow 1 does.   [torch-fidelity]"""
-    wider = pad(x, (0, 1, 0, 1), mode="replicate")                           # H / size, W / size a step, from its first corner to its last
-    return interpolate(wider, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
+        step = lambda y, layers: torch.cat([layer(y) for layer in layers], dim=1)                # on what the step before gave
+        return torch.cat([reduce(step, chain, self.pool(x) if "pool" in branch else x) for branch, chain in self.branches.items()], dim=1)
 
 
 class Inception(nn.Sequential):
@@ -167,7 +153,8 @@ class Inception(nn.Sequential):
     def forward(self, images):
         """uint8 (B, 3, H, W) -> features (B, 2048), logits without their bias (B, 1008)."""
         if self.resize == "torch-fidelity":
-            x = (resize_tf1(images.float()) - 128) / 128
+            wider = pad(images.float(), (0, 1, 0, 1), mode="replicate")      # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in
+            x = (interpolate(wider, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299] - 128) / 128
         else:
             x = 2 * interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
         *layers, fc = self
@@ -233,8 +220,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        guess = torch.cat([model.eval()(part.to(device))[1].argmax(1).cpu() for part in x[held_out].split(500)])
+    guess = torch.cat([model.eval()(part.to(device))[1].argmax(1).cpu() for part in x[held_out].split(500)])
     meta = dict(data=data, pictures=len(kept), skipped=len(pictures) - len(good), steps=steps, held_out_accuracy=(guess == y[held_out]).double().mean().item())
     saved = dict(kind="classifier", config=dict(classes=len(source.classes), size=size), model=model.state_dict(), meta=meta)
     tokenizers.write_whole(path, lambda file: torch.save(saved, file))
@@ -250,8 +236,7 @@ def load_extractor(path, args, size):
     else:
         model, about = Inception(args.resize, size), {}
         model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
-        counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-        weights = counters | saved                                           # the released file has no counters
+        weights = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")} | saved     # the released file has no counters
     sample.load_weights(model, weights, path)
     if not model.size:
         raise SystemExit(f"{path}: Inception's features without a run need --size, the side to which all pictures are cropped")
@@ -321,17 +306,16 @@ def open_pictures(what, count, size, args, run=None):
         if run and source.classes != run.meta["classes"]:
             raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
     if run:
-        steps.append(partial(draw, run, source.labels, args))
+        y = torch.tensor(source.labels, device=run.device)
+
+        def draw(numbers, pictures):                                         # number i is the picture sample.py draws under the same seed
+            x_d = run.encode_discrete(np.stack(pictures)) if args.truth else None
+            return run.draw(args.seed, numbers, y[numbers], args.decode, x_d).cpu().numpy()
+
+        steps.append(draw)
         note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", *sample.PARTS)}
         note |= dict(step=run.step, settings=run.settings)
     return ((i, source.read(i)) for i in range(len(source.labels))[rank:count:ranks]), steps, note
-
-
-def draw(run, labels, args, numbers, pictures):
-    """Samples of a run: number i has class labels[i] and is the picture sample.py draws under the same seed; with --truth, from X_d of `pictures`."""
-    y = torch.tensor(labels[numbers], device=run.device)
-    x_d = run.encode_discrete(np.stack(pictures)) if args.truth else None
-    return run.draw(args.seed, numbers, y, args.decode, x_d).cpu().numpy()
 
 
 def reconstruct(run, tokenizer, numbers, pictures):
@@ -409,12 +393,11 @@ def parse(argv=None):
     p.add_argument("--rfd", action="store_true", help="beside samples of the run A, also B's pictures reconstructed by each of its tokenizers")
     p.add_argument("--truth", action="store_true", help="samples of the run A from X_d of its data's held-out pictures instead of the prior's")
     p.add_argument("--kid", action="store_true", help="also the kernel distance; keeps all features in memory")
-    p.add_argument("--features", default="classifier", metavar="WHICH", help="inception: FID's network, fetched once; classifier: RUNS/DATA/classifier.pt, "
-                   "trained if missing; or a file of either (default: %(default)s)")
+    p.add_argument("--features", default="classifier", metavar="WHICH",
+                   help="inception (FID's, fetched once), classifier (RUNS/DATA/classifier.pt, trained if missing) or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="resizing of Inception's input (default: %(default)s)")
     p.add_argument("--size", type=sample.within(1, kind=int), metavar="PIXELS", help="side to which pictures are cropped before Inception (default: the run's)")
-    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N",
-                   help="pictures of A (default: of a run 2000, with Inception 50000; else all); of B all are taken")
+    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N", help="pictures of A (default: of a run 2000, with Inception 50000; else all)")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
@@ -464,9 +447,8 @@ def evaluate(args):
 @sample.processes()
 def main(argv=None):
     args, start = parse(argv), time.time()
-    for path in filter(None, (args.json, args.save_stats)):
-        if Path(path).is_dir():
-            raise SystemExit(f"{path} is a folder; name a file for the report or the statistics")
+    if folders := [path for path in (args.json, args.save_stats) if path and Path(path).is_dir()]:
+        raise SystemExit(f"{folders[0]} is a folder; name a file for the report or the statistics")
     torch.backends.cudnn.allow_tf32 = False                                  # features are fp32 on every device
     if report := evaluate(args):
         for r in report["results"]:

@@ -11,7 +11,6 @@ B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to p
 import argparse
 import ctypes
 import gc
-import json
 import math
 import os
 import shutil
@@ -112,10 +111,11 @@ def on_device(device):
     """The argparse type of --device: "cuda" is the GPU of this process, which is made the current one. SystemExit on what is not there."""
     if device == "cpu":
         return device
-    if not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise SystemExit(f"--device {device}: no such device here; use cpu{' or cuda' * torch.cuda.is_available()}")
-    torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-    return f"cuda:{torch.cuda.current_device()}"
+    name, there = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in there:
+        raise SystemExit(f"--device {device}: no such device here; use {', '.join(['cpu', *there])}")
+    torch.cuda.set_device(name)
+    return name
 
 
 @contextmanager
@@ -344,7 +344,7 @@ def draw_pngs(system, folder, labels, args):
     (rank, ranks), note = tokenizers.world(), folder / "settings.json"
     made_from = dict(run=str(Path(args.run).resolve()), step=system.step, saved=system.path.stat().st_mtime, **system.settings)
     made_from |= {option: getattr(args, option) for option in ("weights", "decode", "seed", "classes", *PARTS)}
-    if note.is_file() and json.loads(note.read_text()) != made_from:
+    if tokenizers.read_json(note) not in ({}, made_from):
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
     if rank == 0:
         tokenizers.write_json(note, made_from)

@@ -351,7 +351,7 @@ def fill(folder, source, make, batch=64, **made_with):
     killed run goes on where it was. SystemExit if `folder` was made from something else, or if no picture can be read.
     """
     (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
-    meta = read_meta(folder)
+    meta = read_json(folder / "meta.json")
     if meta.get("made_from", made_from) != made_from:
         raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
     if meta.get("complete"):
@@ -384,17 +384,17 @@ def fill(folder, source, make, batch=64, **made_with):
     if rank == 0:
         if skipped:
             print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
-        write_json(folder / "meta.json", read_meta(folder) | dict(complete=True, skipped=skipped))
+        write_json(folder / "meta.json", read_json(folder / "meta.json") | dict(complete=True, skipped=skipped))
     barrier()
-    return read_meta(folder)
+    return read_json(folder / "meta.json")
 
 
-def read_meta(folder):
-    path = Path(folder) / "meta.json"
+def read_json(path):
+    """What write_json wrote, {} if there is no such file. SystemExit if it is damaged."""
     try:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise SystemExit(f"{path} is damaged ({error}); remove {folder} to make it again") from None
+        raise SystemExit(f"{path} is damaged ({error}); remove {path.parent} to make it again") from None
 
 
 def readable(folder, *names):
@@ -432,7 +432,7 @@ class Tokens:
     """The cache of `cache_tokens`: n pictures in `classes`. SystemExit if it is not complete or not of the tokenizers `vae`, `vq`."""
 
     def __init__(self, folder, vae, vq):
-        self.meta, expected = read_meta(folder), [fingerprint(vae), fingerprint(vq)]
+        self.meta, expected = read_json(Path(folder) / "meta.json"), [fingerprint(vae), fingerprint(vq)]
         if "mean" not in self.meta:
             raise SystemExit(f"{folder}: the token cache is not complete; make it with --stage cache")
         self.made_by = [self.meta["made_from"][kind] for kind in ("vae", "vq")]

@@ -140,8 +140,7 @@ def make_optimizer(model, recipe):
 @torch.no_grad()
 def update_ema(ema, model, n, decay):
     """The n-th moving average (n from 0), decay min(decay, (1 + n) / (10 + n))."""
-    decay = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - min(decay, (1 + n) / (10 + n)))
 
 
 class Log:
@@ -150,7 +149,7 @@ class Log:
     def __init__(self, folder, kind, step, steps, B, args):
         folder.mkdir(parents=True, exist_ok=True)
         path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
-        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and row[0].isdigit() and int(row[0]) <= step] if path.is_file() else []
+        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and row[0].isdigit() and row[5] and int(row[0]) <= step] if path.is_file() else []
         self.before, self.writer = float(rows[-1][-1]) if rows else 0.0, csv.writer(path.open("w", newline="", buffering=1))         # row by row
         self.writer.writerows([["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"], *rows])
         if args.tensorboard:
@@ -241,7 +240,7 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
     get_batch(rows, draw) -> tensors; preview(ema) draws pictures of what is saved. SystemExit as of State, on 5 non-finite losses in a row, after SIGTERM.
     """
     (rank, ranks), recipe, stop, bad = world(), args.recipe[kind], [], 0
-    B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else max(args.accumulate, 1)   # vq's entropy is not a mean over images
+    B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else args.accumulate           # vq's entropy is not a mean over images
     if B % (ranks * parts):
         raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
     state = State(args, kind, folder, config, meta, init)
@@ -371,7 +370,7 @@ def parse(argv=None):
     g.add_argument("--seed", type=sample.within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
     g.add_argument("--device", type=sample.on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
-    g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients (all stages but vq)")
+    g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients but for dropout (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
     g.add_argument("--save-every", **count, default=500, help="steps between checkpoints")
     g.add_argument("--sample-every", type=sample.within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
@@ -392,6 +391,8 @@ def settle(args):
             raise SystemExit(f"--{kind} {given}: {why}")
         if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
             raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or ours; --{kind} is missing")
+    if files := [path for path in (args.runs, args.out) if path and Path(path).is_file()]:
+        raise SystemExit(f"{files[0]} is a file; name a folder for --runs and --out")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":

@@ -212,7 +212,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 def test_a_damaged_note_of_a_cache_is_one_line(tmp_path):
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(SystemExit, match="meta.json is damaged"):
-        tokenizers.read_meta(tmp_path)
+        tokenizers.read_json(tmp_path / "meta.json")
 
 
 def test_images_of_another_source_are_refused(tmp_path):

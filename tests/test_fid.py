@@ -211,10 +211,12 @@ def test_inception_golden(inception):
             assert (found[key] == value).all(), key
 
 
-def test_tf1_resize_by_hand():
-    """Two columns to four without half a pixel's offset: at 0, 0.5, 1, 1.5, the last clamped; rows are another axis."""
-    x = torch.tensor([[0., 4.], [8., 12.]])[None, None]
-    assert fid.resize_tf1(x, 4)[0, 0].tolist() == [[0, 2, 4, 4], [4, 6, 8, 8], [8, 10, 12, 12], [8, 10, 12, 12]]
+def test_tf1_resize_by_hand(inception):
+    """Two columns to 299 without half a pixel's offset: column j lies at 2 j / 299, clamped to the last; rows are another axis."""
+    at = (2 * torch.arange(299) / 299).clamp(max=1)
+    images = torch.tensor([[0, 100], [10, 110]], dtype=torch.uint8).expand(1, 3, 2, 2)
+    expected = (100 * at[None, :] + 10 * at[:, None] - 128) / 128
+    torch.testing.assert_close(watched(inception, "torch-fidelity", images)["input"][0, 1], expected, atol=1e-5, rtol=0)
 
 
 def test_shrinking_does_not_smooth(inception):
@@ -431,8 +433,9 @@ def test_true_discrete_tokens_are_those_of_the_held_out_pictures(world, measured
     with pytest.raises(SystemExit, match="--count 201 with --truth: .*colours holds out 200 pictures"):
         measured(RUN, "--truth", "--count", "201")
     note = sample.open_run(args.pictures, args)
-    _, (draw,), _ = fid.open_pictures(args.pictures, 20, SIZE, args, note)
-    assert len(set(draw.args[1].tolist())) > 2, "few pictures of class folders are of all classes"
+    few, (draw,), _ = fid.open_pictures(args.pictures, 20, SIZE, args, note)
+    note.draw = lambda seed, numbers, y, decode, x_d: y
+    assert len(set(draw(*map(list, zip(*few))).tolist())) > 2, "few pictures of class folders are of all classes"
     note.meta["classes"] = note.meta["classes"][::-1]
     with pytest.raises(SystemExit, match="the held-out pictures have the classes"):
         fid.open_pictures(args.pictures, 20, SIZE, args, note)
@@ -660,6 +663,8 @@ def test_errors_are_one_line(world, measured, tmp_path):
         with pytest.raises(SystemExit, match=line) as error:
             measured(*args, features="--features" not in args)
         assert "\n" not in str(error.value), name
+    with pytest.raises(SystemExit, match="is a folder; name a file"):
+        fid.main(["shapes", "--json", str(tmp_path)])
 
 
 def test_without_a_data_set_the_classifier_must_be_named(measured):

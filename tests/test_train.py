@@ -490,7 +490,7 @@ def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
     for step in range(1, 11):
         log.write(step, 1.0, 1e-3, 1.0)
     with (tmp_path / "log.csv").open("a") as file:
-        file.write("15,0.5")                                                 # what a killed process left
+        file.write("15,0.5\n16,0.5,0.001,1.0,9.9,")                          # what killed processes left
     resumed = train.Log(tmp_path, "mixar", 18, 20, 8, args)
     assert resumed and [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["10"]
 
@@ -529,6 +529,13 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
         assert np.array_equal(np.load(tmp_path / "shapes" / "tokens" / f"{name}.npy"), np.load(runs / "shapes" / "tokens" / f"{name}.npy"))
 
 
+def test_a_file_is_no_place_for_runs(tmp_path):
+    (tmp_path / "file").touch()
+    for flag in ("--runs", "--out"):
+        with pytest.raises(SystemExit, match="file is a file; name a folder"):
+            train.parse([flag, str(tmp_path / "file")])
+
+
 @pytest.mark.parametrize("flags, words", [(["--ti-mix", "--guidance", "none"], "--ti-mix mixes X_d"), (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder is for")])
 def test_contradictions_are_one_line(flags, words):
     with pytest.raises(SystemExit, match=words):
@@ -544,7 +551,7 @@ def test_the_optimiser_follows_the_recipe(runs):
 
 def test_a_run_knows_the_statistics_of_its_latents(runs):
     """sample.py multiplies x_c by the deviation and adds the mean that the cache holds."""
-    cache, meta = tokenizers.read_meta(runs / "shapes" / "tokens"), weights(runs / "shapes-dcmix" / "last.pt", "meta")
+    cache, meta = tokenizers.read_json(runs / "shapes" / "tokens" / "meta.json"), weights(runs / "shapes-dcmix" / "last.pt", "meta")
     assert meta["latent_mean"] == cache["mean"] and meta["latent_std"] == cache["std"] and len(set(cache["mean"])) == 8
 
 
@@ -660,6 +667,9 @@ def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
     assert len(now) == 5 and all(now[name] == times[name] for name in times)
     with pytest.raises(SystemExit, match="other settings"):
         sample.main([*base, "--count", "5", "--seed", "1"])
+    (tmp_path / "s" / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="settings.json is damaged"):
+        sample.main([*base, "--count", "5"])
 
 
 def test_png_gif_classes_and_the_time_line(runs, tmp_path, capsys):
