@@ -529,6 +529,21 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
         assert np.array_equal(np.load(tmp_path / "shapes" / "tokens" / f"{name}.npy"), np.load(runs / "shapes" / "tokens" / f"{name}.npy"))
 
 
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    """--device cuda is the GPU of the process's number; one that is not there is named beside those that are."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [sample.on_device(device) for device in ("cpu", "cuda", "cuda:0")] == ["cpu", *taken] == ["cpu", "cuda:1", "cuda:0"]
+    for wrong in ("cuda:2", "cudaa", "mps"):
+        with pytest.raises(SystemExit, match=f"--device {wrong}: no such device here; use cpu, cuda:0, cuda:1"):
+            sample.on_device(wrong)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="--device cuda: no such device here"):
+        sample.on_device("cuda")
+
+
 def test_a_file_is_no_place_for_runs(tmp_path):
     (tmp_path / "file").touch()
     for flag in ("--runs", "--out"):
