@@ -158,9 +158,7 @@ class Inception(nn.Sequential):
         else:
             x = 2 * interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
         *layers, fc = self
-        for layer in layers:
-            x = layer(x)
-        features = x.mean((2, 3))
+        features = reduce(lambda x, layer: layer(x), layers, x).mean((2, 3))
         return features, features @ fc.weight.T
 
 
@@ -300,21 +298,15 @@ def open_pictures(what, count, size, args, run=None):
     else:
         source = tokenizers.open_source(run.meta["data"] if run else what, "test", run.size if run else size, count)
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
-        held_out = len(source.labels) * source.held_out
-        if run and count > held_out:
+        if run and count > (held_out := len(source.labels) * source.held_out):
             raise SystemExit(f"--count {count} with --truth: {run.meta['data']} holds out {held_out} pictures")
         if run and source.classes != run.meta["classes"]:
             raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
     if run:
-        y = torch.tensor(source.labels, device=run.device)
-
-        def draw(numbers, pictures):                                         # number i is the picture sample.py draws under the same seed
-            x_d = run.encode_discrete(np.stack(pictures)) if args.truth else None
-            return run.draw(args.seed, numbers, y[numbers], args.decode, x_d).cpu().numpy()
-
-        steps.append(draw)
-        note |= {k: getattr(args, k) for k in ("decode", "truth", "seed", "weights", "amp", "batch_size", *sample.PARTS)}
-        note |= dict(step=run.step, settings=run.settings)
+        note |= dict(step=run.step, settings=run.settings) | {k: getattr(args, k) for k in (*"decode truth seed weights amp batch_size".split(), *sample.PARTS)}
+        y = torch.tensor(source.labels, device=run.device)                   # number i is the picture sample.py draws under the same seed
+        x_d = lambda pictures: run.encode_discrete(np.stack(pictures)) if args.truth else None
+        steps.append(lambda numbers, pictures: run.draw(args.seed, numbers, y[numbers], args.decode, x_d(pictures)).cpu().numpy())
     return ((i, source.read(i)) for i in range(len(source.labels))[rank:count:ranks]), steps, note
 
 
@@ -359,9 +351,7 @@ def measure(pictures, steps, note, extractor, args):
     if n <= (1 if args.force else d):
         raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} features; take more than {d}, or --force it")
     _, logits, features = map(np.stack, zip(*sorted(rows, key=lambda row: row[0])))
-    note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
-    if n >= 10:
-        note[extractor.score] = inception_score(logits)
+    note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2)) | ({extractor.score: inception_score(logits)} if n >= 10 else {})
     return dict(mu=mean, sigma=scatter / (n - 1), n=n, features=features, note=note)
 
 
@@ -381,8 +371,7 @@ def compare(a, b, kid):
         found = dict(to=f"{b['note']['source']} ({b['n']})", frechet_distance=frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"]))
     except ValueError as error:
         raise SystemExit(f"{a['note']['source']} and {b['note']['source']} cannot be compared: {error}; both must hold the same features") from None
-    if kid:
-        found["kernel_distance"] = kernel_distance(a["features"], b["features"], size=min(1000, a["n"], b["n"]))
+    found |= dict(kernel_distance=kernel_distance(a["features"], b["features"], size=min(1000, a["n"], b["n"]))) if kid else {}
     return found | a["note"]
 
 
@@ -421,9 +410,8 @@ def evaluate(args):
         find_extractor(args, run)
     tokenizers.barrier()
     extractor = find_extractor(args, run)
-    for what, found in saved.items():
-        if found["note"]["extractor"] not in (extractor.name, "not recorded"):
-            raise SystemExit(f"{what} holds features of {found['note']['extractor']}, not of {extractor.name}")
+    if others := [f"{what} holds features of {by}" for what in saved if (by := saved[what]["note"]["extractor"]) not in (extractor.name, "not recorded")]:
+        raise SystemExit(f"{others[0]}, not of {extractor.name}")
 
     def look(what, count=None, tokenizer=None):
         count = count or (extractor.samples if what in runs else None)
@@ -438,8 +426,7 @@ def evaluate(args):
     if world()[0] > 0:
         return None
     if args.save_stats:
-        keep = {k: measured[0][k] for k in ("mu", "sigma", "n")} | dict(extractor=extractor.name)
-        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **keep))
+        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, extractor=extractor.name, **{k: measured[0][k] for k in ("mu", "sigma", "n")}))
     return dict(metric=extractor.metric, extractor=extractor.about, reference=reference and reference["note"],
                 results=[compare(a, reference, args.kid) if reference else a["note"] for a in measured])
 
