@@ -315,7 +315,7 @@ def reconstruct(run, tokenizer, numbers, pictures):
     x = to_size(pictures, run.size)
     if tokenizer == "vq":
         return run.decode_discrete(run.encode_discrete(x)).cpu().numpy()
-    return sample.to_bytes(run.vae.decode(run.vae.encode(x.to(run.device).float() / 127.5 - 1)[0])).cpu().numpy()
+    return sample.to_bytes(run.few(lambda part: run.vae.decode(run.vae.encode(part)[0]), x.to(run.device).float() / 127.5 - 1)).cpu().numpy()
 
 
 def to_size(pictures, size):

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbone
 import golden
+import mixing
 import sample
 import tokenizers
 import train
@@ -527,6 +528,22 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
     train.main(["--runs", str(tmp_path), *SMALL, "--amp", "bf16", "--stage", "cache"])
     for name in ("moments", "indices"):
         assert np.array_equal(np.load(tmp_path / "shapes" / "tokens" / f"{name}.npy"), np.load(runs / "shapes" / "tokens" / f"{name}.npy"))
+
+
+def test_pictures_go_through_the_tokenizers_a_few_at_a_time(runs):
+    """Half a million pixels at once, so 512 pictures of 32 x 32 and 2 of 512 x 512; the pictures and bits are the same."""
+    system, generator = sample.System(runs / "shapes-dcmix", amp="fp32"), torch.Generator().manual_seed(0)
+    bits = mixing.quantise(torch.randn(5, system.model.N, 8, generator=generator))
+    pictures = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    x_c = torch.randn(5, system.model.N, 8, generator=generator)
+    found = []
+    for size, pieces in ((32, [5]), (512, [2, 2, 1])):
+        system.size, seen = size, []
+        for tokenizer in (system.vq.encoder, system.vq.decoder, system.vae.decoder):
+            tokenizer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(len(inputs[0])))
+        found.append([system.encode_discrete(pictures), system.decode_discrete(bits).int(), system.decode_continuous(x_c).int()])
+        assert seen == 3 * pieces
+    assert all((a - b).abs().max() <= 1 for a, b in zip(*found))
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
