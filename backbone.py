@@ -10,8 +10,11 @@ Try: python backbone.py          (parameters, tokens and operations beside the p
 
 B batch, N tokens, D width, K class tokens; m True = to predict.
 """
+import argparse
 import math
 import re
+import zipfile
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,51 +23,23 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixing
+import tokenizers
 from diffusion_head import DiffusionHead, linear
 
 GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 
 # mar: width, blocks (encoder = decoder), heads, K; head: blocks, width.                        [MAR] [paper, Tables 1, 2]
-# prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; sampling: [MAR]; the whole row `tiny`: [ours].
+# prior: [MaskBit]; vae, vq: [VA-VAE] [MaskBit]; the whole row `tiny`: [ours].
 PRESETS = {
     "tiny": dict(size=32, vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8, groups=1), vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8, groups=1),
                  mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
-                 prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
-                 sampling=dict(ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
-                               prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)),
+                 prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0)),
     "base": dict(size=256, vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32), vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),
                  mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),
-                 prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1),
-                 sampling=dict(ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0, bound=None)),
+                 prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1)),
 }
-for _name, _cfg, _mar in (("large", 3.0, dict(D=1024, depth=16)), ("huge", 3.2, dict(D=1280, depth=20))):
-    PRESETS[_name] = PRESETS["base"] | dict(mar=_mar | dict(heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1),
-                                            sampling=PRESETS["base"]["sampling"] | dict(cfg=_cfg))
-# length, batch and rates of each model; a warm-up below 1 is a share of the length. tiny [ours]; the others: MixAR's alone,
-# lr for `per` images [MAR]; their vae, vq and prior come as files.
-LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
-RECIPES = {
-    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 prior=dict(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
-    "base": LARGE, "large": LARGE, "huge": LARGE,
-}
-# the released generators' bits: guidance, its power, temperature; 64 steps                     [MaskBit]
-MASKBIT = {10: (6.4, 2.5, 10.5), 12: (7.1, 3.0, 8.2), 14: (7.1, 3.0, 7.8), 16: (6.5, 2.5, 7.5), 18: (5.7, 2.5, 8.5)}
-
-
-def sampling(preset, bits):
-    """The sampling settings a run of this preset starts with, its prior's as MaskBit released them for so many bits (else for 14)."""
-    cfg, power, temperature = MASKBIT.get(bits, MASKBIT[14])
-    return dict(prior_steps=64, prior_cfg=cfg, prior_power=power, prior_temperature=temperature) | PRESETS[preset]["sampling"]
-
-
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
-    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
-    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
+for _name, _mar in (("large", dict(D=1024, depth=16)), ("huge", dict(D=1280, depth=20))):
+    PRESETS[_name] = PRESETS["base"] | dict(mar=_mar | dict(heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1))
 
 
 def dropout(x, p):
@@ -193,7 +168,7 @@ class MAR(nn.Module):
 
     def discrete(self, x_d):
         """The discrete tokens of DC-SA and DC-CA at the continuous tokens' positions.   (B, N, d_d) -> (B, N, D)"""
-        return self.z_proj_ln(self.discrete_emb(mixing.bits_to_codes(x_d)) + self.encoder_pos_embed_learned[:, self.K:])
+        return self.z_proj_ln(self.discrete_emb(tokenizers.bits_to_codes(x_d)) + self.encoder_pos_embed_learned[:, self.K:])
 
     def run_blocks(self, blocks, x, memory):
         """The blocks one after the other; with `recompute` their inner activations are computed again in the backward pass, not kept."""
@@ -378,13 +353,6 @@ def mar_config(state):
                 head_width=size(state, "diffloss.net.input_proj.weight"), dropout=0.1, guidance="none")
 
 
-def mar_meta(config):
-    """What the checkpoint of a run says and an official MAR does not: latents are KL-16's times 0.2325, classes are numbers.   [MAR]"""
-    C, preset = config["d_c"], {768: "base", 1280: "huge"}.get(config["D"], "large")
-    return dict(classes=[str(k) for k in range(config["classes"])], latent_mean=[0.0] * C, latent_std=[1 / 0.2325] * C, data=None, shared=".", files={},
-                sampling=sampling(preset, 14))
-
-
 def prior_config(state):
     """The configuration of an official MaskBit generator.   [MaskBit]"""
     D, bits = size(state, "input_proj.weight"), size(state, "input_proj.weight", 1)
@@ -410,6 +378,75 @@ def from_official(saved, kind, path, weights="ema"):
         return {"prior": prior_config, "mixar": mar_config}.get(kind, tokenizer_config)(state), state
     except (LookupError, ZeroDivisionError) as error:
         raise SystemExit(f"{path}: not the expected official {OFFICIAL[kind][0]} file: {error}") from None
+
+
+def same_size(path, **sizes):
+    """SystemExit unless both of every pair are equal."""
+    for what, (found, expected) in sizes.items():
+        if found != expected:
+            raise SystemExit(f"{path}: {found} {what}, expected the {expected} of what it goes with")
+
+
+PARTS = ("vae", "vq", "prior")
+KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": MaskBitPrior, "mixar": MAR}
+
+
+def load_checkpoint(path, kind, official=False):
+    """The dict in `path`, saved by train.py or fid.py, or with `official` by others; read without running any code in it.
+
+    kind "vae", "vq", "prior", "mixar" or "classifier". SystemExit with one line on any other file.
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's files hold their flags
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:                                               # a damaged file can fail in any way
+        unsafe = "it would run code when loaded" if "unsupported global" in str(error).lower() else "it is truncated or no PyTorch file"
+        raise SystemExit(f"{path}: expected a {kind} checkpoint, but {unsafe}; it was not loaded") from None
+    found = saved.get("kind", kind if official else "a dict without kind") if isinstance(saved, dict) else type(saved).__name__
+    if found != kind:
+        raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found}")
+    parts = ("config", "model", "meta") if kind == "classifier" else ("config", "model", "ema", "meta", "step")
+    if "kind" in saved and (missing := [part for part in parts if part not in saved]):
+        raise SystemExit(f"{path}: this {kind} checkpoint lacks {', '.join(missing)}")
+    return saved
+
+
+def load_weights(module, state, path):
+    """Strict load: SystemExit naming every missing, unexpected or mis-shaped key. A module on the meta device gets its memory here."""
+    own = module.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise SystemExit(f"{path}: does not fit the model: " + "; ".join(wrong))
+    if any(value.is_meta for value in own.values()):
+        module.to_empty(device="cpu")
+    module.load_state_dict(state)
+
+
+def build(kind, config, state, path):
+    """The model of this configuration with these weights, ready for inference. SystemExit where they do not fit."""
+    try:
+        with torch.device("meta"):                                           # no time lost on start values
+            model = KINDS[kind](**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise SystemExit(f"{path}: there is no {kind} of the configuration {config}: {error}") from None
+    load_weights(model, state, path)
+    return model.eval().requires_grad_(False)
+
+
+def load_model(path, kind, weights="ema"):
+    """The model saved at `path` (a checkpoint, a folder with last.pt, or an official file), ready for inference, and its checkpoint dict.
+
+    weights "ema" or "raw". SystemExit with one line where it cannot be loaded.
+    """
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    saved = load_checkpoint(path, kind, official=True)
+    if "kind" in saved:
+        return build(kind, saved["config"], saved["ema" if weights == "ema" else "model"], path), saved
+    config, state = from_official(saved, kind, path, weights)
+    return build(kind, config, state, path), dict(config=config, step=0, meta={})
 
 
 # name: preset, guidance, d_c, other head; the paper's parameters (M) and tokens

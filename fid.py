@@ -28,9 +28,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm import tqdm
 
+import backbone
 import sample
 import tokenizers
-from tokenizers import world
+import train
+from train import world
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -212,7 +214,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     order = np.concatenate([random.permutation(kept) for _ in range(math.ceil(steps * B / len(kept)))])
     for rows in tqdm(order[:steps * B].reshape(steps, B), desc="classifier", unit="step", disable=None):
-        with sample.autocast("auto", torch.device(device)):
+        with train.autocast("auto", torch.device(device)):
             loss = cross_entropy(model(x[rows].to(device))[1].float(), y[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -226,7 +228,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
 
 def load_extractor(path, args, size):
     """The features in `path`: our classifier's, or Inception's of pictures cropped to `size`. SystemExit on other files."""
-    saved = sample.load_checkpoint(path, "classifier", official=True)
+    saved = backbone.load_checkpoint(path, "classifier", official=True)
     digits = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if "kind" in saved:
         model, weights, about = Classifier(**saved["config"]), saved["model"], saved["meta"]
@@ -235,7 +237,7 @@ def load_extractor(path, args, size):
         model, about = Inception(args.resize, size), {}
         model.name = f"Inception-v3 {'of 2015-12-05' if digits.startswith(HASH) else 'with the weights ' + digits[:16]}, resize of {args.resize}"
         weights = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")} | saved     # the released file has no counters
-    sample.load_weights(model, weights, path)
+    backbone.load_weights(model, weights, path)
     if not model.size:
         raise SystemExit(f"{path}: Inception's features without a run need --size, the side to which all pictures are cropped")
     model.metric = "FID" if digits.startswith(HASH) else f"Frechet distance ({model.name}, not FID)"
@@ -303,7 +305,7 @@ def open_pictures(what, count, size, args, run=None):
         if run and source.classes != run.meta["classes"]:
             raise SystemExit(f"{run.meta['data']}: the held-out pictures have the classes {source.classes}, the run {run.meta['classes']}")
     if run:
-        note |= dict(step=run.step, settings=run.settings) | {k: getattr(args, k) for k in (*"decode truth seed weights amp batch_size".split(), *sample.PARTS)}
+        note |= dict(step=run.step, settings=run.settings) | {k: getattr(args, k) for k in (*"decode truth seed weights amp batch_size".split(), *backbone.PARTS)}
         y = torch.tensor(source.labels, device=run.device)                   # number i is the picture sample.py draws under the same seed
         x_d = lambda pictures: run.encode_discrete(np.stack(pictures)) if args.truth else None
         steps.append(lambda numbers, pictures: run.draw(args.seed, numbers, y[numbers], args.decode, x_d(pictures)).cpu().numpy())
@@ -385,8 +387,8 @@ def parse(argv=None):
     p.add_argument("--features", default="classifier", metavar="WHICH",
                    help="inception (FID's, fetched once), classifier (RUNS/DATA/classifier.pt, trained if missing) or a file of either (default: %(default)s)")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"], help="resizing of Inception's input (default: %(default)s)")
-    p.add_argument("--size", type=sample.within(1, kind=int), metavar="PIXELS", help="side to which pictures are cropped before Inception (default: the run's)")
-    p.add_argument("--count", type=sample.within(1, kind=int), metavar="N", help="pictures of A (default: of a run 2000, with Inception 50000; else all)")
+    p.add_argument("--size", type=train.within(1, kind=int), metavar="PIXELS", help="side to which pictures are cropped before Inception (default: the run's)")
+    p.add_argument("--count", type=train.within(1, kind=int), metavar="N", help="pictures of A (default: of a run 2000, with Inception 50000; else all)")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n and extractor of A")
     p.add_argument("--json", metavar="FILE", help="write the report there (default: print it)")
@@ -408,7 +410,7 @@ def evaluate(args):
         raise SystemExit(f"--kid compares single pictures of A and of B, not statistics; A is {A}, B {B}")
     if world()[0] == 0:                                                      # fetches or trains, the others then read
         find_extractor(args, run)
-    tokenizers.barrier()
+    train.barrier()
     extractor = find_extractor(args, run)
     if others := [f"{what} holds features of {by}" for what in saved if (by := saved[what]["note"]["extractor"]) not in (extractor.name, "not recorded")]:
         raise SystemExit(f"{others[0]}, not of {extractor.name}")
@@ -431,7 +433,7 @@ def evaluate(args):
                 results=[compare(a, reference, args.kid) if reference else a["note"] for a in measured])
 
 
-@sample.processes()
+@train.processes()
 def main(argv=None):
     args, start = parse(argv), time.time()
     if folders := [path for path in (args.json, args.save_stats) if path and Path(path).is_dir()]:

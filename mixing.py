@@ -23,50 +23,7 @@ import math
 import torch
 from scipy.special import ndtr, ndtri
 
-
-def reparameterize(mean, logvar, eps):
-    """A posterior sample from the given standard normal draw, all (B, z, h, w)."""
-    return mean + (0.5 * logvar).exp() * eps
-
-
-def kl_to_normal(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)) summed over each image.   (B, z, h, w) -> (B,)"""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
-
-
-def quantise(z):
-    """The sign of every channel, zero giving -1; any shape."""
-    return torch.where(z > 0, 1.0, -1.0)
-
-
-def quantiser_losses(z, codebook, all_mean=lambda q: q):
-    """Commitment loss, per-sample entropy and average entropy of the lookup-free quantiser.   [MaskBit]
-
-    z (B, d_d, h, w), codebook (2^d_d, d_d) -> three scalars; the training loss is
-    commitment + 0.02 * (per_sample - average). all_mean averages q, the codes' use, over ranks.
-    """
-    z = z.float()
-    commitment = 0.25 * (quantise(z) - z).square().mean()
-    with torch.autocast(z.device.type, enabled=False):                       # the division by 0.01 would make much of bf16's rounding
-        logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01     # (B h w, 2^d_d)
-    p = logits.softmax(-1)
-    q = all_mean(p.mean(0))
-    per_sample = -(p * p.clamp(min=1e-5).log()).sum(-1).mean()
-    return commitment, per_sample, -(q * q.clamp(min=1e-5).log()).sum()
-
-
-def bits_to_codes(bits):
-    """bits (..., e) in {-1, +1} -> int64 (...), the first least significant.   [MaskBit]"""
-    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
-
-
-def codes_to_bits(codes, e):
-    """Codes of e bits each, least significant first, as -1/+1; the mask code 2^e gives zeros.   [MaskBit]
-
-    codes (B, N, S) int in 0..2^e -> (B, N, S * e) float.
-    """
-    bits = (codes[..., None] >> torch.arange(e, device=codes.device) & 1).float() * 2 - 1
-    return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
+import tokenizers
 
 
 def check_mask(m, *tensors):
@@ -150,7 +107,7 @@ def predict_masked(g_M, x_d, m, y, u):
     """
     with torch.no_grad():
         logits = g_M(mask_discrete(x_d, m), y)                               # (B, N, S, 2^e)
-    x_hat = codes_to_bits(sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+    x_hat = tokenizers.codes_to_bits(sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
     return torch.where(m[..., None], x_hat, x_d)
 
 
@@ -172,39 +129,3 @@ def ti_lambda(step, steps):
     """lambda falls linearly from 1 at step 0 to 0 at the last step.   [ours]; the paper says only that it falls."""
     return 1 - step / max(steps - 1, 1)
 
-
-def training_mask(u_ratio, u_code):
-    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
-
-    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
-    """
-    return u_code < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
-
-
-def masked_loss(logits, codes):
-    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
-
-    logits (B, N, S, 2^e), codes (B, N, S) int -> scalar. The paper's sum is over the hidden codes alone.
-    """
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
-
-
-def prior_guidance(g, power, i, steps):
-    """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
-    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
-
-
-def least_certain(score, known, r):
-    """Eq. (4) after the share r of the steps: True where a code goes back behind the mask, the k of lowest score in each image.   [MaskBit]
-
-    score (B, N, S), known (B, N, S) bool: codes kept before, equally many in each image; they stay. -> (B, N, S) bool.
-    """
-    score = score.masked_fill(known, math.inf)
-    ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
-    k = min(max(math.floor(ratio * known[0].numel()), 1), int((~known[0]).sum()) - 1)
-    return score <= score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
-
-
-def hidden_after(s, steps, N, hidden):
-    """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
-    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))

@@ -9,88 +9,37 @@ Try: python sample.py runs/shapes-dcmix --out samples.png
 B batch, N tokens, S bit groups of e bits, C = d_c channels; m True = still to predict.
 """
 import argparse
-import ctypes
-import gc
 import math
-import os
 import shutil
-import sys
 import time
-import zipfile
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import backbone
 import mixing
 import tokenizers
+import train
 
-PARTS = ("vae", "vq", "prior")
-KINDS = {"vae": tokenizers.KLVAE, "vq": tokenizers.BitVQ, "prior": backbone.MaskBitPrior, "mixar": backbone.MAR}
-
-
-def load_checkpoint(path, kind, official=False):
-    """The dict in `path`, saved by train.py or fid.py, or with `official` by others; read without running any code in it.
-
-    kind "vae", "vq", "prior", "mixar" or "classifier". SystemExit with one line on any other file.
-    """
-    if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's files hold their flags
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:                                               # a damaged file can fail in any way
-        unsafe = "it would run code when loaded" if "unsupported global" in str(error).lower() else "it is truncated or no PyTorch file"
-        raise SystemExit(f"{path}: expected a {kind} checkpoint, but {unsafe}; it was not loaded") from None
-    found = saved.get("kind", kind if official else "a dict without kind") if isinstance(saved, dict) else type(saved).__name__
-    if found != kind:
-        raise SystemExit(f"{path}: expected a {kind} checkpoint, found {found}")
-    parts = ("config", "model", "meta") if kind == "classifier" else ("config", "model", "ema", "meta", "step")
-    if "kind" in saved and (missing := [part for part in parts if part not in saved]):
-        raise SystemExit(f"{path}: this {kind} checkpoint lacks {', '.join(missing)}")
-    return saved
+# tiny [ours], chosen on validation pictures; the others [MAR]
+SAMPLING = {
+    "tiny": dict(ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
+                 prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5),
+    "base": dict(ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0, bound=None),
+}
+SAMPLING["large"] = SAMPLING["base"] | dict(cfg=3.0)
+SAMPLING["huge"] = SAMPLING["base"] | dict(cfg=3.2)
+# the released generators' bits: guidance, its power, temperature; 64 steps                     [MaskBit]
+MASKBIT = {10: (6.4, 2.5, 10.5), 12: (7.1, 3.0, 8.2), 14: (7.1, 3.0, 7.8), 16: (6.5, 2.5, 7.5), 18: (5.7, 2.5, 8.5)}
 
 
-def load_weights(module, state, path):
-    """Strict load: SystemExit naming every missing, unexpected or mis-shaped key. A module on the meta device gets its memory here."""
-    own = module.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise SystemExit(f"{path}: does not fit the model: " + "; ".join(wrong))
-    if any(value.is_meta for value in own.values()):
-        module.to_empty(device="cpu")
-    module.load_state_dict(state)
-
-
-def build(kind, config, state, path):
-    """The model of this configuration with these weights, ready for inference. SystemExit where they do not fit."""
-    try:
-        with torch.device("meta"):                                           # no time lost on start values
-            model = KINDS[kind](**config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise SystemExit(f"{path}: there is no {kind} of the configuration {config}: {error}") from None
-    load_weights(model, state, path)
-    return model.eval().requires_grad_(False)
-
-
-def load_model(path, kind, weights="ema"):
-    """The model saved at `path` (a checkpoint, a folder with last.pt, or an official file), ready for inference, and its checkpoint dict.
-
-    weights "ema" or "raw". SystemExit with one line where it cannot be loaded.
-    """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    saved = load_checkpoint(path, kind, official=True)
-    if "kind" in saved:
-        return build(kind, saved["config"], saved["ema" if weights == "ema" else "model"], path), saved
-    config, state = backbone.from_official(saved, kind, path, weights)
-    return build(kind, config, state, path), dict(config=config, step=0, meta=backbone.mar_meta(config) if kind == "mixar" else {})
+def sampling(preset, bits):
+    """The sampling settings a run of this preset starts with, its prior's as MaskBit released them for so many bits (else for 14)."""
+    cfg, power, temperature = MASKBIT.get(bits, MASKBIT[14])
+    return dict(prior_steps=64, prior_cfg=cfg, prior_power=power, prior_temperature=temperature) | SAMPLING[preset]
 
 
 def draws(seed, indices, stream, device="cpu"):
@@ -99,36 +48,20 @@ def draws(seed, indices, stream, device="cpu"):
     return lambda f: torch.tensor(np.stack([f(generator) for generator in generators])).to(device)
 
 
-def autocast(amp, device):
-    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 instructions, else fp32."""
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "fp32")
+def prior_guidance(g, power, i, steps):
+    """MaskBit's cosine guidance in step i of `steps`: 0 in the first, never quite g in the last."""
+    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
 
 
-def on_device(device):
-    """The argparse type of --device: "cuda" is the GPU of this process, which is made the current one. SystemExit on what is not there."""
-    if device == "cpu":
-        return device
-    name, there = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in there:
-        raise SystemExit(f"--device {device}: no such device here; use {', '.join(['cpu', *there])}")
-    torch.cuda.set_device(name)
-    return name
+def least_certain(score, known, r):
+    """Eq. (4) after the share r of the steps: True where a code goes back behind the mask, the k of lowest score in each image.   [MaskBit]
 
-
-@contextmanager
-def processes():
-    """Inside, what torchrun started is one group, and glibc keeps freed memory: fresh pages took a fifth of a training step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
-    if "LOCAL_RANK" in os.environ:                                           # one process may wait long for another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
-    yield
-    if dist.is_initialized():
-        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
-        dist.destroy_process_group()                                         # without it a process may abort at its end
+    score (B, N, S), known (B, N, S) bool: codes kept before, equally many in each image; they stay. -> (B, N, S) bool.
+    """
+    score = score.masked_fill(known, math.inf)
+    ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
+    k = min(max(math.floor(ratio * known[0].numel()), 1), int((~known[0]).sum()) - 1)
+    return score <= score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
 
 
 @torch.no_grad()
@@ -143,7 +76,7 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
     drop_none = torch.zeros(B, dtype=torch.bool, device=y.device)
     for i in range(steps):
         r, known = (i + 1) / steps, codes < 2 ** e                           # known: kept in earlier steps
-        x, g = mixing.codes_to_bits(codes, e), mixing.prior_guidance(guidance, power, i, steps)
+        x, g = tokenizers.codes_to_bits(codes, e), prior_guidance(guidance, power, i, steps)
         if g != 0:
             logits, without_class = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([drop_none, ~drop_none])).chunk(2)
             logits = logits + g * (logits - without_class)
@@ -151,8 +84,13 @@ def sample_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
             logits = prior(x, y)
         drawn = torch.where(known, codes, draw(logits))
         score = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0] + gumbel() * temperature * (1 - r)
-        codes = torch.where(mixing.least_certain(score, known, r), 2 ** e, drawn)
-    return mixing.codes_to_bits(drawn, e)
+        codes = torch.where(least_certain(score, known, r), 2 ** e, drawn)
+    return tokenizers.codes_to_bits(drawn, e)
+
+
+def hidden_after(s, steps, N, hidden):
+    """How many of N tokens stay hidden after AR step s = 0..steps-1 if `hidden` are before it.   [MAR]"""
+    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))
 
 
 @torch.no_grad()
@@ -167,7 +105,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     x_c, hidden = torch.zeros(B, N, model.d_c, device=order.device), N
     drop_all = torch.ones(B, dtype=torch.bool, device=order.device)
     for s in range(ar_steps):
-        m, left = mixing.hide(order, hidden), mixing.hidden_after(s, ar_steps, N, hidden)
+        m, left = mixing.hide(order, hidden), hidden_after(s, ar_steps, N, hidden)
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         left = 0 if s == ar_steps - 1 else left
         now = m & ~mixing.hide(order, left)
@@ -191,11 +129,11 @@ def truncate(x):
     return (x.clamp(0, 1) * 255).byte()
 
 
-def same_size(path, **sizes):
-    """SystemExit unless both of every pair are equal."""
-    for what, (found, expected) in sizes.items():
-        if found != expected:
-            raise SystemExit(f"{path}: {found} {what}, expected the {expected} of what it goes with")
+def official_meta(config):
+    """What the checkpoint of a run says and an official MAR does not: latents are KL-16's times 0.2325, classes are numbers.   [MAR]"""
+    C, preset = config["d_c"], {768: "base", 1280: "huge"}.get(config["D"], "large")
+    return dict(classes=[str(k) for k in range(config["classes"])], latent_mean=[0.0] * C, latent_std=[1 / 0.2325] * C, data=None, shared=".", files={},
+                sampling=sampling(preset, 14))
 
 
 class System:
@@ -207,21 +145,21 @@ class System:
 
     def __init__(self, run, device="cpu", weights="ema", amp="auto", **given):
         self.path = path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
-        self.model, checkpoint = load_model(path, "mixar", weights)
-        self.meta, self.device, self.step, self.amp = checkpoint["meta"], torch.device(device), checkpoint["step"], amp
+        self.model, checkpoint = backbone.load_model(path, "mixar", weights)
+        self.meta, self.device, self.step, self.amp = checkpoint["meta"] or official_meta(checkpoint["config"]), torch.device(device), checkpoint["step"], amp
         self.settings, self.prior_seconds, self.shared = self.meta["sampling"], 0.0, path.parent / self.meta["shared"]
-        for kind in PARTS:
+        for kind in backbone.PARTS:
             file, expected = self.meta["files"].get(kind, (None, None))
             source = given.get(kind) or file and path.parent / file
-            part = source and load_model(source, kind)[0].to(self.device)
+            part = source and backbone.load_model(source, kind)[0].to(self.device)
             if expected and not (kind == "prior" and given.get(kind)) and tokenizers.fingerprint(part) != expected:
                 raise SystemExit(f"{path} was trained with the {kind} {expected}, but {source} holds {tokenizers.fingerprint(part)}")
             setattr(self, kind, part)
         if not self.vae:
             raise SystemExit(f"{path} is an official MAR file and names no VAE; add --vae FILE with KL-16")
-        same_size(path, channels=(self.model.d_c, self.vae.post_quant_conv.in_channels))
+        backbone.same_size(path, channels=(self.model.d_c, self.vae.post_quant_conv.in_channels))
         if self.prior and self.vq:
-            same_size(path, tokens=(self.model.N, self.prior.N), bits=(self.vq.quantize.codebook.shape[1], self.prior.bits),
+            backbone.same_size(path, tokens=(self.model.N, self.prior.N), bits=(self.vq.quantize.codebook.shape[1], self.prior.bits),
                       classes=(len(self.meta["classes"]), self.prior.classes))
         self.model.to(self.device)
         self.size = math.isqrt(self.model.N) << len(self.vae.encoder.down) - 1                   # side of the pictures
@@ -238,7 +176,7 @@ class System:
             return None
         draw, shape, s = draws(seed, indices, 0, self.device), (self.model.N, self.prior.splits), self.settings
         uniform, gumbel = lambda: draw(lambda g: g.random(shape, np.float32)), lambda: draw(lambda g: g.gumbel(size=shape)).float()
-        with autocast(self.amp, self.device):
+        with train.autocast(self.amp, self.device):
             return sample_prior(self.prior, y, lambda logits: mixing.sample_codes(logits, uniform()), gumbel,
                                 s["prior_steps"], s["prior_cfg"], s["prior_power"], s["prior_temperature"])
 
@@ -247,7 +185,7 @@ class System:
         draw, C, s = draws(seed, indices, 1, self.device), self.model.d_c, self.settings
         order = draw(lambda g: g.permutation(self.model.N))
         noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), C), np.float32)).transpose(0, 1).flatten(1, 2)
-        with autocast(self.amp, self.device):
+        with train.autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"], s["cfg"], s["cfg_schedule"],
                             s["temperature"], s["bound"], on_step)
 
@@ -258,7 +196,7 @@ class System:
     @torch.no_grad()
     def encode_discrete(self, pictures):
         """uint8 (B, 3, H, W) -> bits (B, N, d_d)"""
-        return mixing.quantise(self.few(self.vq.encode, torch.as_tensor(pictures).to(self.device).float() / 255)).flatten(2).transpose(1, 2)
+        return tokenizers.quantise(self.few(self.vq.encode, torch.as_tensor(pictures).to(self.device).float() / 255)).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode_discrete(self, x_d):
@@ -286,7 +224,7 @@ class System:
 
 def open_run(run, args):
     """The System of `run` with the parts and the settings of its samples that add_options gave, by default its own."""
-    system = System(run, args.device, args.weights, args.amp, **{kind: getattr(args, kind) for kind in PARTS})
+    system = System(run, args.device, args.weights, args.amp, **{kind: getattr(args, kind) for kind in backbone.PARTS})
     system.settings = system.settings | {k: getattr(args, k) for k in system.settings if hasattr(args, k)}
     if system.prior and system.settings["prior_steps"] > (codes := system.prior.N * system.prior.splits):
         raise SystemExit(f"--prior-steps {system.settings['prior_steps']}: more than the {codes} codes of a picture")
@@ -342,14 +280,14 @@ def wanted_classes(text, classes):
 
 def draw_pngs(system, folder, labels, args):
     """One png per image in `folder`, in batches, skipping those that are there. SystemExit if they are samples of other settings."""
-    (rank, ranks), note = tokenizers.world(), folder / "settings.json"
+    (rank, ranks), note = train.world(), folder / "settings.json"
     made_from = dict(run=str(Path(args.run).resolve()), step=system.step, saved=system.path.stat().st_mtime, **system.settings)
-    made_from |= {option: getattr(args, option) for option in ("weights", "decode", "seed", "classes", *PARTS)}
+    made_from |= {option: getattr(args, option) for option in ("weights", "decode", "seed", "classes", *backbone.PARTS)}
     if tokenizers.read_json(note) not in ({}, made_from):
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); remove it or choose another --out")
     if rank == 0:
         tokenizers.write_json(note, made_from)
-    tokenizers.barrier()                                                     # no picture before its note
+    train.barrier()                                                     # no picture before its note
     missing, seconds = [i for i in range(rank, len(labels), ranks) if not (folder / f"{i:06d}.png").is_file()], 0.0
     for k in tqdm(range(0, len(missing), args.batch_size), "samples", unit="batch", disable=rank > 0 or None):
         indices, start = missing[k:k + args.batch_size], time.time()
@@ -362,7 +300,7 @@ def draw_pngs(system, folder, labels, args):
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), {system.prior_seconds / seconds:.0%} of it the prior; "
               f"{len(missing)} images, batch {min(args.batch_size, len(missing))}, {args.device}, "
               f"{system.settings['ar_steps']} AR x {system.settings['diffusion_steps']} diffusion steps, cfg {system.settings['cfg']}, amp {args.amp}")
-    tokenizers.barrier()                                                     # every process has drawn its share
+    train.barrier()                                                     # every process has drawn its share
 
 
 def gather(folder, count, out, columns):
@@ -375,19 +313,9 @@ def gather(folder, count, out, columns):
         save_grid(torch.tensor(np.concatenate([pictures, empty])).permute(0, 3, 1, 2), out, columns)
 
 
-def within(low, high=math.inf, kind=float):
-    """The argparse type of a number in [low, high]: within(0, 1) takes "0.7", within(1, kind=int) no 0."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:                                         # nor nan
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    return number
-
-
 def step_counts(text):
     """"25" -> 25, "40:10" -> [40, 10]; the diffusion process takes 2 to 1000."""
-    numbers = [within(2, 1000, int)(number) for number in text.split(":")]
+    numbers = [train.within(2, 1000, int)(number) for number in text.split(":")]
     if len(numbers) > 2:
         raise argparse.ArgumentTypeError(f"{text}: give one number, or two for the first and the last AR step")
     return numbers if len(numbers) > 1 else numbers[0]
@@ -395,23 +323,23 @@ def step_counts(text):
 
 def add_options(p):
     """What the samples of a run depend on, for fid.py too; `settings` of the run stand where no option is given."""
-    count = within(1, kind=int)
-    p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), default=0, metavar="SEED",
+    count = train.within(1, kind=int)
+    p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), default=0, metavar="SEED",
                    help="image i of a seed is the same at any batch size and number of processes (default: %(default)s)")
     p.add_argument("--batch-size", type=count, metavar="N", default=80, help="images at once in each process (default: %(default)s)")
-    for kind, text in zip(PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
+    for kind, text in zip(backbone.PARTS, ("KL-16 for an official MAR", "bit tokenizer, for --decode discrete", "another prior, ours or MaskBit's")):
         p.add_argument(f"--{kind}", metavar="FILE", help=f"{text} (default: what the run was trained with)")
     p.add_argument("--weights", default="ema", choices=["ema", "raw"], help="moving average or last weights (default: %(default)s)")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
                    help="discrete: the prior's X_d alone through the bit tokenizer (default: %(default)s)")
     for name, kind, text in (("ar-steps", count, "AR steps of MixAR, Eq. 6"),
                              ("diffusion-steps", step_counts, "steps of the diffusion head, Eq. 5; 40:10 falls from 40 in the first AR step to 10 in the last"),
-                             ("cfg", within(0), "guidance scale of MixAR, 1 for none"), ("temperature", within(0), "of the diffusion noise"),
-                             ("prior-steps", count, "steps of the prior, Eq. 4"), ("prior-cfg", within(0), "guidance scale of the prior, 0 for none"),
-                             ("prior-temperature", within(0), "randomness of which codes the prior keeps")):
+                             ("cfg", train.within(0), "guidance scale of MixAR, 1 for none"), ("temperature", train.within(0), "of the diffusion noise"),
+                             ("prior-steps", count, "steps of the prior, Eq. 4"), ("prior-cfg", train.within(0), "guidance scale of the prior, 0 for none"),
+                             ("prior-temperature", train.within(0), "randomness of which codes the prior keeps")):
         p.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: the run's)")
     p.add_argument("--cfg-schedule", choices=["linear", "constant"], default=argparse.SUPPRESS, help="guidance over AR steps (default: the run's)")
-    p.add_argument("--device", type=on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--device", type=train.on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="as in train.py (default: %(default)s)")
 
 
@@ -420,12 +348,12 @@ def parse(argv=None):
     p.add_argument("run", help="a run folder such as runs/shapes-dcmix, its checkpoint, or an official MAR file (which needs --vae)")
     p.add_argument("--out", help="NAME.png: a grid; NAME.npz: arr_0; NAME.gif: the mixed sequence filling up; else a folder of pngs (default RUN/grid.png)")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3; images take them in turn (default: %(default)s)")
-    p.add_argument("--count", type=within(1, kind=int), default=80, metavar="N", help="number of images (default: %(default)s)")
+    p.add_argument("--count", type=train.within(1, kind=int), default=80, metavar="N", help="number of images (default: %(default)s)")
     add_options(p)
     return p.parse_args(argv)
 
 
-@processes()
+@train.processes()
 def main(argv=None):
     args = parse(argv)
     system = open_run(args.run, args)
@@ -437,7 +365,7 @@ def main(argv=None):
         raise SystemExit(f"--out {out}: a gif shows discrete tokens giving way to continuous ones; leave out --decode discrete")
     if out.suffix != ".gif":
         draw_pngs(system, folder, labels, args)
-    if tokenizers.world()[0] == 0:
+    if train.world()[0] == 0:
         if out.suffix == ".gif":
             fill_in(out, system, torch.tensor(labels[:args.count // columns * columns], device=system.device), args.seed, columns)
         elif folder != out:

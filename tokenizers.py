@@ -23,13 +23,55 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
-from mixing import bits_to_codes, codes_to_bits, quantise, reparameterize
+def reparameterize(mean, std, noise):
+    """Eq. (7): x_c as a sample of the VAE's posterior, from standard normal noise; all of one shape."""
+    return mean + std * noise
+
+
+def kl_to_normal(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)) summed over each image.   (B, z, h, w) -> (B,)"""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+
+
+def bits_to_codes(bits):
+    """bits (..., e) in {-1, +1} -> int64 (...), the first least significant.   [MaskBit]"""
+    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+def codes_to_bits(codes, e):
+    """Codes of e bits each, least significant first, as -1/+1; the mask code 2^e gives zeros.   [MaskBit]
+
+    codes (B, N, S) int in 0..2^e -> (B, N, S * e) float.
+    """
+    bits = (codes[..., None] >> torch.arange(e, device=codes.device) & 1).float() * 2 - 1
+    return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
+
+
+def quantise(z):
+    """The sign of every channel, zero giving -1; any shape."""
+    return torch.where(z > 0, 1.0, -1.0)
+
+
+def quantiser_losses(z, codebook, all_mean=lambda q: q):
+    """Commitment loss, per-sample entropy and average entropy of the lookup-free quantiser.   [MaskBit]
+
+    z (B, d_d, h, w), codebook (2^d_d, d_d) -> three scalars; the training loss is
+    commitment + 0.02 * (per_sample - average). all_mean averages q, the codes' use, over ranks.
+    """
+    z = z.float()
+    commitment = 0.25 * (quantise(z) - z).square().mean()
+    with torch.autocast(z.device.type, enabled=False):                       # the division by 0.01 would make much of bf16's rounding
+        logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01     # (B h w, 2^d_d)
+    p = logits.softmax(-1)
+    q = all_mean(p.mean(0))
+    per_sample = -(p * p.clamp(min=1e-5).log()).sum(-1).mean()
+    return commitment, per_sample, -(q * q.clamp(min=1e-5).log()).sum()
+
 
 norm = partial(nn.GroupNorm, eps=1e-6)                                       # groups, channels
 
@@ -304,16 +346,6 @@ def open_source(data, split, size, count):
     return source
 
 
-def world():
-    """This process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def write_whole(path, write):
     """Call write(file) on a temporary file beside `path`, then rename it: a killed run leaves no half file. SystemExit where none can be written."""
     path = Path(path)
@@ -344,27 +376,30 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-def fill(folder, source, make, batch=64, **made_with):
-    """One row per picture of `source` in memory-mapped files under `folder`, by all processes of a torchrun together -> the dict in meta.json.
+def start_cache(folder, source, make, **made_with):
+    """Make the files of a cache: memory-mapped arrays under `folder` with a row per picture of `source`. Returns the dict in meta.json.
 
-    make(uint8 (b, 3, H, W)) -> {name of a file: array (b, ...)}. status.npy says 0 for a picture to do, 1 done, 2 unreadable, so a
-    killed run goes on where it was. SystemExit if `folder` was made from something else, or if no picture can be read.
+    make(uint8 (b, 3, H, W)) -> {name of a file: array (b, ...)}. SystemExit if `folder` was made from something else.
     """
-    (rank, ranks), folder, n, made_from = world(), Path(folder), len(source.labels), source.made_from | made_with
+    folder, n, made_from = Path(folder), len(source.labels), source.made_from | made_with
     meta = read_json(folder / "meta.json")
     if meta.get("made_from", made_from) != made_from:
         raise SystemExit(f"{folder} was made from {meta['made_from']}, not from {made_from}; remove it, or choose another --runs folder")
-    if meta.get("complete"):
-        return meta
-    row = make(np.zeros((1, 3, source.size, source.size), np.uint8)) | {"status": np.zeros(1, np.uint8)}   # types and shapes, from a black picture
-    if rank == 0 and not meta:
+    if not meta:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in row.items():
+        row = make(np.zeros((1, 3, source.size, source.size), np.uint8))     # types and shapes, from a black picture
+        for name, value in (row | {"status": np.zeros(1, np.uint8)}).items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, (n, *value.shape[1:]))    # zeros; takes no space yet
         np.save(folder / "labels.npy", source.labels)
-        write_json(folder / "meta.json", dict(made_from=made_from, classes=source.classes, complete=False))
-    barrier()
-    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in row}
+        meta = dict(made_from=made_from, classes=source.classes, complete=False)
+        write_json(folder / "meta.json", meta)
+    return meta
+
+
+def fill_cache(folder, source, make, batch, rank=0, ranks=1):
+    """Fill process `rank`'s share of the rows. status.npy says 0 for a picture to do, 1 done, 2 unreadable, so a killed run goes on where it was."""
+    folder, n = Path(folder), len(source.labels)
+    files = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
     starts = tqdm(range(rank * batch, n, ranks * batch), f"{folder.name:6}", unit="img", unit_scale=ranks * batch, disable=rank > 0)
     with ThreadPoolExecutor(max(1, os.cpu_count() // ranks)) as threads:
         for start in starts:
@@ -375,18 +410,20 @@ def fill(folder, source, make, batch=64, **made_with):
                 for name, value in make(np.stack([p for p, fine in zip(pictures, good) if fine])).items():
                     files[name][rows[good]] = value
             files["status"][rows] = np.where(good, 1, 2)                     # last, when the rows themselves are there
-    barrier()
-    if (files["status"] == 0).any():
+
+
+def finish_cache(folder, source):
+    """Note that a cache is complete, and which pictures could not be read. SystemExit if none could."""
+    folder, n = Path(folder), len(source.labels)
+    status = np.load(folder / "status.npy")
+    if (status == 0).any():
         raise SystemExit(f"{folder}: another program was filling it, too; start again")
-    skipped = [source.read(i) for i in np.flatnonzero(files["status"] == 2)]
+    skipped = [source.read(i) for i in np.flatnonzero(status == 2)]
     if len(skipped) == n:
-        raise SystemExit(f"{made_from['data']}: none of its {n} pictures could be read")
-    if rank == 0:
-        if skipped:
-            print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
-        write_json(folder / "meta.json", read_json(folder / "meta.json") | dict(complete=True, skipped=skipped))
-    barrier()
-    return read_json(folder / "meta.json")
+        raise SystemExit(f"{source.made_from['data']}: none of its {n} pictures could be read")
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable of {n} pictures:", *skipped, sep="\n  ")
+    write_json(folder / "meta.json", read_json(folder / "meta.json") | dict(complete=True, skipped=skipped))
 
 
 def read_json(path):
@@ -404,28 +441,25 @@ def readable(folder, *names):
 
 
 @torch.no_grad()
-def cache_tokens(folder, source, vae, vq, device, batch=None):
-    """Eq. (7) for every picture (and its mirror image where source.mirror): posterior moments as float16, bits as indices.
+def encode(pictures, vae, vq, device, mirror):
+    """Eq. (7) for pictures (b, 3, H, W) uint8 (and their mirror images): posterior moments as float16, bits as codes.
 
-    Fills moments.npy (n, F, 2 d_c, h, w) and indices.npy (n, F, h, w), F = 1 or 2 with the mirror image. In meta.json: the
-    tokenizers' fingerprints, mean and deviation per channel of posterior samples of up to 10,000 pictures [VA-VAE].
-    batch: pictures at once, by default half a million pixels of them.
+    -> dict(moments (b, F, 2 d_c, h, w), indices (b, F, h, w)), F = 1 or 2 with the mirror image.
     """
-    def make(pictures):
-        x, F = torch.tensor(pictures).to(device).float() / 255, 1 + source.mirror
-        x = torch.stack([x, x.flip(3)][:F], dim=1).flatten(0, 1)             # (b F, 3, H, W)
-        moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), bits_to_codes(quantise(vq.encode(x)).movedim(1, -1))
-        return {name: a.unflatten(0, (-1, F)).cpu().numpy() for name, a in (("moments", moments.half()), ("indices", index.int()))}
+    x, F = torch.tensor(pictures).to(device).float() / 255, 1 + mirror
+    x = torch.stack([x, x.flip(3)][:F], dim=1).flatten(0, 1)                 # (b F, 3, H, W)
+    moments, index = torch.cat(vae.encode(x * 2 - 1), dim=1), bits_to_codes(quantise(vq.encode(x)).movedim(1, -1))
+    return {name: a.unflatten(0, (-1, F)).cpu().numpy() for name, a in (("moments", moments.half()), ("indices", index.int()))}
 
-    meta = fill(folder, source, make, batch or 2 ** 19 // source.size ** 2, vae=fingerprint(vae), vq=fingerprint(vq))
-    if world()[0] == 0 and "mean" not in meta:
-        moments, rows = readable(folder, "moments")
-        rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
-        mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
-        x_c = reparameterize(mean, logvar, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
-        std, mean = torch.std_mean(x_c, (0, 2, 3))                           # (d_c,)
-        write_json(folder / "meta.json", meta | dict(mean=mean.tolist(), std=std.tolist(), bits=vq.quantize.codebook.shape[1]))
-    barrier()
+
+def write_statistics(folder, bits):
+    """Mean and deviation per channel of posterior samples of up to 10,000 pictures [VA-VAE], into meta.json."""
+    moments, rows = readable(folder, "moments")
+    rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
+    mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
+    x_c = reparameterize(mean, (0.5 * logvar).exp(), torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    std, mean = torch.std_mean(x_c, (0, 2, 3))                               # (d_c,)
+    write_json(Path(folder) / "meta.json", read_json(Path(folder) / "meta.json") | dict(mean=mean.tolist(), std=std.tolist(), bits=bits))
 
 
 class Tokens:

@@ -13,9 +13,14 @@ B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per toke
 import argparse
 import copy
 import csv
+import ctypes
+import gc
 import math
 import os
 import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +28,85 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import backbone
 import mixing
-import sample
 import tokenizers
-from tokenizers import barrier, world
+
+
+# length, batch and rates of each model; a warm-up below 1 is a share of the length. tiny [ours]; the others: MixAR's alone,
+# lr for `per` images [MAR]; their vae, vq and prior come as files.
+LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
+
+
+RECIPES = {
+    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
+                 prior=dict(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
+                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
+    "base": LARGE, "large": LARGE, "huge": LARGE,
+}
+
+
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
+    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
+
+
+def world():
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def autocast(amp, device):
+    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 instructions, else fp32."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "fp32")
+
+
+def on_device(device):
+    """The argparse type of --device: "cuda" is the GPU of this process, which is made the current one. SystemExit on what is not there."""
+    if device == "cpu":
+        return device
+    name, there = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in there:
+        raise SystemExit(f"--device {device}: no such device here; use {', '.join(['cpu', *there])}")
+    torch.cuda.set_device(name)
+    return name
+
+
+@contextmanager
+def processes():
+    """Inside, what torchrun started is one group, and glibc keeps freed memory: fresh pages took a fifth of a training step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
+    if "LOCAL_RANK" in os.environ:                                           # one process may wait long for another
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    yield
+    if dist.is_initialized():
+        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
+        dist.destroy_process_group()                                         # without it a process may abort at its end
+
+
+def within(low, high=math.inf, kind=float):
+    """The argparse type of a number in [low, high]: within(0, 1) takes "0.7", within(1, kind=int) no 0."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:                                         # nor nan
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return number
 
 
 def mixar_loss(model, batch, draw, step, prior, args):
@@ -39,7 +116,7 @@ def mixar_loss(model, batch, draw, step, prior, args):
     """
     mean, std, x_d, y = batch
     (N, d_c), recipe = mean.shape[1:], args.recipe["mixar"]
-    x_c = mean + std * draw(torch.randn, N, d_c)                             # (B, N, d_c)   Eq. (7), cached moments
+    x_c = tokenizers.reparameterize(mean, std, draw(torch.randn, N, d_c))    # (B, N, d_c)   Eq. (7)
     ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
     m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
     drop = draw(torch.rand) < args.label_drop
@@ -55,29 +132,45 @@ def mixar_loss(model, batch, draw, step, prior, args):
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
 
 
+def training_mask(u_ratio, u_code):
+    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
+
+    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
+    """
+    return u_code < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
+
+
+def masked_loss(logits, codes):
+    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
+
+    logits (B, N, S, 2^e), codes (B, N, S) int -> scalar. The paper's sum is over the hidden codes alone.
+    """
+    return cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
+
+
 def prior_loss(model, batch, draw, step, label_drop=0.1):
     """Eq. (3): predict the codes behind a random mask."""
     _, _, x_d, y = batch
-    codes = mixing.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
-    mask = mixing.training_mask(draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
-    x = mixing.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
-    return mixing.masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
+    codes = tokenizers.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
+    mask = training_mask(draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
+    x = tokenizers.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
+    return masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
 
 
 def vae_loss(model, batch, draw, step):
     """Reconstruction (MSE) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
     x = batch[0] * 2 - 1
     mean, logvar = (a.float() for a in model.encode(x))
-    y = model.decode(mixing.reparameterize(mean, logvar, draw(torch.randn, *mean.shape[1:])))
-    return (x - y).square().mean() + 1e-4 * mixing.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), draw(torch.randn, *mean.shape[1:])))
+    return (x - y).square().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
 
 
 def vq_loss(model, batch, draw, step):
     """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit], but for perceptual, GAN and early entropy weights [ours]"""
     x = batch[0]
     z = model.encode(x).float()
-    y = model.decode(z + (mixing.quantise(z) - z).detach())              # straight-through
-    commitment, per_sample, average = mixing.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
+    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight-through
+    commitment, per_sample, average = tokenizers.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
     return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
 
 
@@ -185,7 +278,7 @@ class State:
         self.path, self.step, self.ema_start = folder / "last.pt", 0, 0
         torch.manual_seed(args.seed)
         try:
-            self.model = sample.KINDS[kind](**config).to(args.device, memory_format=torch.channels_last)         # convolutions run faster so
+            self.model = backbone.KINDS[kind](**config).to(args.device, memory_format=torch.channels_last)         # convolutions run faster so
         except ValueError as error:                                          # more bits than channels
             raise SystemExit(str(error)) from None
         self.model.recompute = args.checkpoint_activations                   # which only MixAR does
@@ -196,11 +289,11 @@ class State:
         if not (resumed or init):
             return
         source = self.path if resumed else Path(init) / "last.pt" if Path(init).is_dir() else Path(init)
-        saved = sample.load_checkpoint(source, kind)
+        saved = backbone.load_checkpoint(source, kind)
         if resumed and saved.get("settings") != settings:
             raise SystemExit(f"{source} was made with {saved.get('settings')}, not with {settings}; choose another --out or --runs folder")
-        sample.load_weights(self.model, saved["model"], source)
-        sample.load_weights(self.ema, saved["ema"], source)
+        backbone.load_weights(self.model, saved["model"], source)
+        backbone.load_weights(self.ema, saved["ema"], source)
         self.ema_start = saved["ema_start"] + (0 if resumed else saved["step"])
         if resumed:
             self.step = saved["step"]
@@ -220,7 +313,7 @@ def update(args, ddp, model, optimizer, scaler, parts, step):
     total = torch.zeros((), device=parts[0][1].device)
     for batch, draw in parts:
         ddp.require_backward_grad_sync = batch is parts[-1][0]               # ranks talk once a step
-        with sample.autocast(args.amp, draw.device):
+        with autocast(args.amp, draw.device):
             loss = ddp(batch, draw, step) / len(parts)
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -250,7 +343,7 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
     log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
     while state.step < steps:
         for group in state.optimizer.param_groups:
-            group["lr"] = backbone.learning_rate(recipe, state.step)
+            group["lr"] = learning_rate(recipe, state.step)
         batches = draw_batches(args, get_batch, n, B, state.step, parts)
         value, norm, taken = update(args, ddp, state.model, state.optimizer, state.scaler, batches, state.step)
         bad = 0 if taken else bad + 1
@@ -282,13 +375,37 @@ def done(path, kind, steps):
     """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a stage with `steps` steps behind it (None: those it was begun for)."""
     if path.is_file() or not (path / "last.pt").is_file():
         return path.is_file()
-    saved = sample.load_checkpoint(path / "last.pt", kind)
+    saved = backbone.load_checkpoint(path / "last.pt", kind)
     return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
+
+
+def cache(folder, source, make, batch, **made_with):
+    """Make a cache of all pictures of `source`, by all processes together; see tokenizers.start_cache."""
+    rank, ranks = world()
+    if rank == 0:
+        tokenizers.start_cache(folder, source, make, **made_with)
+    barrier()
+    if not tokenizers.read_json(folder / "meta.json").get("complete"):
+        tokenizers.fill_cache(folder, source, make, batch, rank, ranks)
+        barrier()
+        if rank == 0:
+            tokenizers.finish_cache(folder, source)
+    barrier()
+
+
+def cache_tokens(folder, source, vae, vq, device, batch=None):
+    """Stage cache: Eq. (7) for every picture, and the statistics of x_c."""
+    make = partial(tokenizers.encode, vae=vae, vq=vq, device=device, mirror=source.mirror)
+    cache(folder, source, make, batch or 2 ** 19 // source.size ** 2, vae=tokenizers.fingerprint(vae), vq=tokenizers.fingerprint(vq))
+    if world()[0] == 0 and "mean" not in tokenizers.read_json(folder / "meta.json"):
+        tokenizers.write_statistics(folder, vq.quantize.codebook.shape[1])
+    barrier()
 
 
 def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq: pixels -> tokenizer, and a picture of originals above reconstructions."""
-    tokenizers.fill(shared / "images", source, lambda pictures: {"pixels": pictures})
+    import sample                                                            # which imports this file
+    cache(shared / "images", source, lambda pictures: {"pixels": pictures}, 64)
     pixels, readable = tokenizers.readable(shared / "images", "pixels")
 
     def get_batch(rows, draw):
@@ -300,7 +417,7 @@ def train_tokenizer(args, shared, kind, source):
     @torch.no_grad()
     def preview(ema):
         x = torch.tensor(pixels[readable[:10]]).to(args.device).float() / 255
-        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(mixing.quantise(ema.encode(x))) * 2 - 1
+        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
         sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
 
     config, loss = backbone.PRESETS[args.preset][kind], vae_loss if kind == "vae" else vq_loss
@@ -316,17 +433,18 @@ def train_prior(args, shared, tokens):
 
 def train_mixar(args, shared, files, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
+    import sample                                                            # which imports this file
     N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
     config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
     recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * max(tokens.n // recipe["batch"], 1)), 1))
-    prior, saved = sample.load_model(files["prior"], "prior")
-    sample.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
+    prior, saved = backbone.load_model(files["prior"], "prior")
+    backbone.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
     if not args.prior and saved["meta"].get("tokens") != tokens.meta["made_from"]:
         raise SystemExit(f"{files['prior']} was trained on other tokens than those in {shared / 'tokens'}; remove it to train it again")
     # what sample.py needs to know to draw from this run alone; a file of the user's by its full path, ours from the run's folder
     place = lambda kind: os.path.abspath(files[kind]) if getattr(args, kind) else os.path.relpath(files[kind], run)
     marks = dict(zip(("vae", "vq"), tokens.made_by), prior=tokenizers.fingerprint(prior) if args.prior else None)
-    meta = dict(data=tokens.meta["made_from"]["data"], classes=tokens.classes, sampling=backbone.sampling(args.preset, bits),
+    meta = dict(data=tokens.meta["made_from"]["data"], classes=tokens.classes, sampling=sample.sampling(args.preset, bits),
                 tokens=tokens.meta["made_from"], latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
                 shared=os.path.relpath(shared, run), files={kind: (place(kind), marks[kind]) for kind in files})
 
@@ -337,7 +455,7 @@ def train_mixar(args, shared, files, run, tokens):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    count, number, share = (dict(type=sample.within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
+    count, number, share = (dict(type=within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="shapes", help="shapes (drawn here), or a folder of class folders or MNIST-family files; cropped to 32 (tiny) or 256")
     g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES, help="how X_d guides X_c, section 3.3; none is plain MAR [paper]")
@@ -345,7 +463,7 @@ def parse(argv=None):
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
     g.add_argument("--init", help="start from this MixAR checkpoint or run, as TI-Mix does from DC-Mix, section 4.3 [paper]")
     g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
-    g.add_argument("--preset", default="tiny", choices=backbone.RECIPES, help="sizes, see python backbone.py")
+    g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see python backbone.py")
     g.add_argument("--images", **count, help="use at most this many pictures")
     for kind, official in (("vae", "VA-VAE or KL-16"), ("vq", "a MaskBit tokenizer"), ("prior", "a MaskBit generator")):
         g.add_argument(f"--{kind}", metavar="FILE", help=f"{official}, or a checkpoint of ours, instead of training stage {kind}")
@@ -367,13 +485,13 @@ def parse(argv=None):
     g = p.add_argument_group("running")
     g.add_argument("--runs", default="runs", help="where all runs lie")
     g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
-    g.add_argument("--seed", type=sample.within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
-    g.add_argument("--device", type=sample.on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
+    g.add_argument("--device", type=on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
     g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients but for dropout (all stages but vq)")
     g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
     g.add_argument("--save-every", **count, default=500, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=sample.within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
+    g.add_argument("--sample-every", type=within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
     g.add_argument("--log-every", **count, default=10, help="steps between rows of log.csv")
     g.add_argument("--tensorboard", action="store_true", help="write an event file too")
     for action in p._actions:
@@ -383,7 +501,7 @@ def parse(argv=None):
 
 def settle(args):
     """Add `recipe`: each stage's length and rates, the preset's where no flag says otherwise. SystemExit on contradictions."""
-    args.recipe = copy.deepcopy(backbone.RECIPES[args.preset])
+    args.recipe = copy.deepcopy(RECIPES[args.preset])
     for kind in ("vae", "vq", "prior"):
         given = getattr(args, kind)
         if given and (args.stage == kind or not Path(given).is_file()):
@@ -412,7 +530,7 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
-    files, stages = {kind: Path(getattr(args, kind) or shared / kind) for kind in sample.PARTS}, [args.stage]
+    files, stages = {kind: Path(getattr(args, kind) or shared / kind) for kind in backbone.PARTS}, [args.stage]
     if args.stage == "all":
         stages = [kind for kind in files if not done(files[kind], kind, getattr(args, f"{kind}_steps"))] + ["cache", "mixar"]
     if args.stage in ("all", "vae", "vq", "cache"):
@@ -424,10 +542,10 @@ def train_stages(args):
             train_tokenizer(args, shared, kind, source)
     if args.stage in ("vae", "vq"):
         return
-    vae, vq = (sample.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
-    sample.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
+    vae, vq = (backbone.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
+    backbone.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
     if "cache" in stages:
-        tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+        cache_tokens(shared / "tokens", source, vae, vq, args.device)
     if args.stage == "cache":
         return
     tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
@@ -441,7 +559,7 @@ def train_stages(args):
             print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
 
 
-@sample.processes()
+@processes()
 def main(argv=None):
     train_stages(parse(argv))
 

@@ -76,7 +76,7 @@ def bench_generate():
             def run():
                 draw = sample.draws(0, range(B), 1)
                 noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), 32), np.float32)).transpose(0, 1).flatten(1, 2)
-                with sample.autocast(amp, torch.device("cpu")):
+                with train.autocast(amp, torch.device("cpu")):
                     sample.generate(model, torch.ones(B, 256, 14), torch.arange(B), draw(lambda g: g.permutation(256)), noise, 8, 100, cfg)
             report(f"MAR-B 8 x 100 steps, guidance {cfg:.0f}", amp, B, run, 1)
 
@@ -89,7 +89,7 @@ def bench_maskbit():
     for amp, B in PRECISIONS:
         def run():
             draw = sample.draws(0, range(B), 0)
-            with sample.autocast(amp, torch.device("cpu")):
+            with train.autocast(amp, torch.device("cpu")):
                 sample.sample_prior(model, torch.arange(B), lambda logits: mixing.sample_codes(logits, draw(lambda g: g.random((256, 2), np.float32))),
                                     lambda: draw(lambda g: g.gumbel(size=(256, 2))).float(), 4, 7.1, 3.0, 7.8)
         report("MaskBit 14 bit, 4 guided steps", amp, B, run, 2)
@@ -106,6 +106,6 @@ def bench_inception():
 if __name__ == "__main__":
     chosen = sys.argv[1:] or ["train", "generate", "maskbit", "inception"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with sample.processes():
+    with train.processes():
         for name in chosen:
             globals()[f"bench_{name}"]()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 import backbone
-import sample
 
 FOLDER = Path(__file__).resolve().parent / "golden_data"
 CONSTANTS = ("bits_to_indices", "codebook", "num_batches_tracked")
@@ -77,7 +76,7 @@ def official(name, probe=None, folder="tiny_layouts"):
 
 def model(kind, name, probe=None):
     """The tiny official model of that layout, through the program's own recognition and renaming."""
-    return sample.build(kind, *backbone.from_official(official(name, probe), kind, name), name)
+    return backbone.build(kind, *backbone.from_official(official(name, probe), kind, name), name)
 
 
 def fill(module, prefix="", probe=None):

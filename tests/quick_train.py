@@ -4,9 +4,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backbone
+import sample
 import train
 
-backbone.PRESETS["tiny"]["sampling"] |= dict(ar_steps=2, diffusion_steps=2, prior_steps=2)
+sample.SAMPLING["tiny"] |= dict(ar_steps=2, diffusion_steps=2, prior_steps=2)
 if __name__ == "__main__":
     train.main()

@@ -10,6 +10,7 @@ import backbone
 import golden
 import mixing
 import sample
+import train
 import tokenizers
 
 T, F = True, False
@@ -375,7 +376,7 @@ def test_golden_generation_schedule_of_16_tokens(name):
     g, hidden, model = golden.load("mar_sample_tiny"), 16, Recorder()
     masks = g[f"{name}_mask_len"].tolist()
     for s, expected in enumerate(masks):
-        hidden = mixing.hidden_after(s, len(masks), 16, hidden)
+        hidden = sample.hidden_after(s, len(masks), 16, hidden)
         assert hidden == expected, f"step {s}"
     schedule = "constant" if "constant" in name else "linear"
     sample.generate(model, None, torch.tensor([0]), torch.arange(16)[None], lambda now, n: None, len(masks), 25, 3.0, schedule)
@@ -464,16 +465,16 @@ def test_golden_bit_conversions(bit):
     """Index, bits (least significant first) and the two codes of every token, for 6 and for 14 bits."""
     for name, K in (("conv", 6), ("conv14", 14)):
         index, codes, bits = bit[f"{name}_index"], bit[f"{name}_split"], bit[f"{name}_bits"]
-        assert torch.equal(mixing.codes_to_bits(index[..., None], K), bits)
-        assert torch.equal(mixing.bits_to_codes(bits), index)
-        assert torch.equal(mixing.bits_to_codes(bits.unflatten(-1, (2, K // 2))), codes)
-        assert torch.equal(mixing.codes_to_bits(codes, K // 2), bits)
+        assert torch.equal(tokenizers.codes_to_bits(index[..., None], K), bits)
+        assert torch.equal(tokenizers.bits_to_codes(bits), index)
+        assert torch.equal(tokenizers.bits_to_codes(bits.unflatten(-1, (2, K // 2))), codes)
+        assert torch.equal(tokenizers.codes_to_bits(codes, K // 2), bits)
     assert tiny_prior(False).bits_to_indices.equal(bit["bits_to_indices"])
 
 
 def test_golden_prior_input(bit):
     """Masked codes become zeros, each bit group by itself."""
-    assert torch.equal(mixing.codes_to_bits(bit["masked_tokens"], 3), bit["input_bits"])
+    assert torch.equal(tokenizers.codes_to_bits(bit["masked_tokens"], 3), bit["input_bits"])
 
 
 @NORMS
@@ -512,16 +513,16 @@ def test_prior_leaves_its_inputs_unchanged(bit):
 
 def test_golden_training_mask(bit):
     """Which codes MaskBit's training hides, given its uniform draws."""
-    mask = mixing.training_mask(bit["trainmask_u_ratio"], bit["trainmask_u_token"])
+    mask = train.training_mask(bit["trainmask_u_ratio"], bit["trainmask_u_token"])
     assert torch.equal(mask, bit["trainmask_mask"])
     assert torch.equal(torch.where(mask, 8, bit["trainmask_tokens"]), bit["trainmask_masked"])
 
 
 def test_golden_masked_loss(bit):
     """Eq. (3) as MaskBit trains it, and three of its gradients."""
-    assert golden.difference(mixing.masked_loss(bit["logits_post"], bit["tokens"]), bit["mlm_loss"]) < 1e-5
+    assert golden.difference(train.masked_loss(bit["logits_post"], bit["tokens"]), bit["mlm_loss"]) < 1e-5
     model = tiny_prior(False)
-    mixing.masked_loss(model(bit["input_bits"], bit["labels"], bit["drop_mask"]), bit["tokens"]).backward()
+    train.masked_loss(model(bit["input_bits"], bit["labels"], bit["drop_mask"]), bit["tokens"]).backward()
     for p, name in ((model.input_proj.weight, "input_proj"), (model.pos_emb, "pos_emb"), (model.prediction_layer.bias, "prediction_bias")):
         assert golden.difference(p.grad, bit[f"mlm_grad_{name}"]) < 1e-5, name
 
@@ -558,10 +559,10 @@ def test_golden_prior_sampler(bit, name, steps, guidance):
 
     bits = sample.sample_prior(Watched(bit), torch.tensor([1, 5, 8]), lambda logits: logits.argmax(-1), lambda: next(gumbels),
                                steps, guidance, 3.0, 2.0 if "gumbel" in name else 4.5)
-    expected = mixing.codes_to_bits(bit[f"{name}_inputs"].flatten(0, 1), 3).unflatten(0, (steps, 3))
+    expected = tokenizers.codes_to_bits(bit[f"{name}_inputs"].flatten(0, 1), 3).unflatten(0, (steps, 3))
     for i, x in enumerate(seen):
         assert torch.equal(x, expected[i]), f"what the model sees in step {i}"
-    assert torch.equal(mixing.bits_to_codes(bits), bit[f"{name}_tokens"])
+    assert torch.equal(tokenizers.bits_to_codes(bits), bit[f"{name}_tokens"])
 
 
 @pytest.mark.parametrize("steps", [8, 64, 256])
@@ -583,7 +584,7 @@ def test_golden_prior_schedule_of_512_codes(bit, steps):
 @pytest.mark.parametrize("steps", [8, 64, 256])
 def test_golden_prior_guidance(bit, steps):
     """MaskBit's cosine guidance of power 3: 0 in the first step, never quite 5.8."""
-    found = torch.tensor([mixing.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
+    found = torch.tensor([sample.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
     assert golden.difference(found, bit[f"schedule_guidance_{steps}"]) < 1e-6
 
 

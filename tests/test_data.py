@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-import mixing
 import tokenizers
+import train
 from backbone import PRESETS
 
 
@@ -27,7 +27,7 @@ def write_idx(path, array, opener=open):
 
 def cache_images(folder, source):
     """Pixels of all pictures and which rows could be read, as train.py caches them."""
-    tokenizers.fill(folder, source, lambda pictures: {"pixels": pictures})
+    train.cache(folder, source, lambda pictures: {"pixels": pictures}, 64)
     return tokenizers.readable(folder, "pixels")
 
 
@@ -233,7 +233,7 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     vae, vq = tiny_tokenizers()
     source = shapes(50)
     source.mirror = True
-    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
+    train.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
     assert tokens.n == 50 and tokens.labels.tolist() == source.labels.tolist() and tokens.classes == source.classes
     mean, std, x_d, y = tokens.batch(np.array([3, 44]), lambda f: torch.tensor([0.4, 0.5]))
@@ -241,7 +241,7 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     x[1] = x[1].flip(2)
     with torch.no_grad():
         true_mean, logvar = vae.encode(x * 2 - 1)
-        bits = mixing.quantise(vq.encode(x))
+        bits = tokenizers.quantise(vq.encode(x))
     assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8) and y.tolist() == [3, 4]
     back = (mean * tokens.std + tokens.mean).transpose(1, 2).unflatten(2, (8, 8))
     assert torch.allclose(back, true_mean, atol=2e-3)
@@ -253,7 +253,7 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
     """Unbiased deviation of posterior samples, not of means: a sample normalised by it has deviation 1."""
     vae, vq = tiny_tokenizers()
     vae.quant_conv.bias.data[8:] = 1.0                                       # much posterior noise
-    tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
+    train.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
     tokens = tokenizers.Tokens(tmp_path, vae, vq)
     mean, std, _, _ = tokens.batch(np.arange(300), lambda f: torch.zeros(300))
     x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
@@ -263,7 +263,7 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
 
 def test_cache_refuses_other_tokenizers(tmp_path):
     vae, vq = tiny_tokenizers()
-    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    train.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
     vq.decoder.conv_out.bias.data += 1
     with pytest.raises(SystemExit, match="was made by tokenizers"):
         tokenizers.Tokens(tmp_path, vae, vq)
@@ -278,7 +278,7 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     vae, vq = tiny_tokenizers()
     source = lambda: tokenizers.open_source(str(folder), "train", 32, None)
-    tokenizers.cache_tokens(tmp_path / "whole", source(), vae, vq, "cpu", batch=2)
+    train.cache_tokens(tmp_path / "whole", source(), vae, vq, "cpu", batch=2)
     stopped, read = source(), []
     shipped = stopped.read
     def stop_at_four(i):
@@ -287,11 +287,11 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
         return shipped(i)
     stopped.read = stop_at_four
     with pytest.raises(KeyboardInterrupt):
-        tokenizers.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
+        train.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
     with pytest.raises(SystemExit, match="not complete"):
         tokenizers.Tokens(tmp_path / "stopped", vae, vq)
     stopped.read = lambda i: read.append(int(i)) or shipped(i)
-    tokenizers.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
+    train.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
     whole, resumed = cache_arrays(tmp_path / "whole"), cache_arrays(tmp_path / "stopped")
     assert all((whole[k] == resumed[k]).all() for k in whole)
     assert sorted(set(read)) == [0, 4, 5] and whole["status"].tolist() == [2, 1, 1, 1, 1, 1]     # 0 is broken and named again at the end
@@ -312,19 +312,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
     with pytest.raises(ValueError):
-        tokenizers.fill(tmp_path, shapes(6), lambda pictures: {"pixels": pictures[:, :, :5] if pictures.any() else pictures}, batch=2)
+        train.cache(tmp_path, shapes(6), lambda pictures: {"pixels": pictures[:, :, :5] if pictures.any() else pictures}, batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
 
 
 def cache_in_one_of(rank, ranks, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    tokenizers.cache_tokens(path, shapes(50), *tiny_tokenizers(), "cpu", batch=8)
+    train.cache_tokens(path, shapes(50), *tiny_tokenizers(), "cpu", batch=8)
     dist.destroy_process_group()
 
 
 def test_two_processes_fill_one_cache(tmp_path):
-    tokenizers.cache_tokens(tmp_path / "one", shapes(50), *tiny_tokenizers(), "cpu", batch=8)
+    train.cache_tokens(tmp_path / "one", shapes(50), *tiny_tokenizers(), "cpu", batch=8)
     torch.multiprocessing.spawn(cache_in_one_of, (2, 29631, tmp_path / "two"), nprocs=2)
     one, two = cache_arrays(tmp_path / "one"), cache_arrays(tmp_path / "two")
     assert (two["status"] == 1).all() and (one["indices"] == two["indices"]).mean() > 0.999
@@ -333,7 +333,7 @@ def test_two_processes_fill_one_cache(tmp_path):
 
 
 def test_indices_and_bits_are_inverse_least_significant_first():
-    assert mixing.codes_to_bits(torch.tensor([1, 6])[..., None], 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
+    assert tokenizers.codes_to_bits(torch.tensor([1, 6])[..., None], 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
     index = torch.arange(256)
-    assert (mixing.bits_to_codes(mixing.codes_to_bits(index[..., None], 8)) == index).all()
-    assert mixing.quantise(torch.tensor([0.0, 1e-9, -3.0])).tolist() == [-1, 1, -1]
+    assert (tokenizers.bits_to_codes(tokenizers.codes_to_bits(index[..., None], 8)) == index).all()
+    assert tokenizers.quantise(torch.tensor([0.0, 1e-9, -3.0])).tolist() == [-1, 1, -1]

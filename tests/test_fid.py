@@ -21,6 +21,7 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+import backbone
 import fid
 import golden
 import sample
@@ -329,7 +330,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     model = fid.Classifier(3, SIZE)
     torch.save(dict(kind="classifier", config=dict(classes=3, size=SIZE), model=model.state_dict(), meta=dict(data="colours")), root / "features.pt")
-    built = {kind: sample.KINDS[kind](**config) for kind, config in MODELS.items()}
+    built = {kind: backbone.KINDS[kind](**config) for kind, config in MODELS.items()}
     for parameter in (p for model in built.values() for p in model.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)                  # else the head's zeros hide class and X_d
     settings = dict(ar_steps=2, diffusion_steps=3, cfg=1.0, cfg_schedule="linear", temperature=1.0, bound=5.0,

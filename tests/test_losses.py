@@ -10,6 +10,7 @@ from torch import nn
 import backbone
 import mixing
 import sample
+import tokenizers
 import train
 
 
@@ -128,11 +129,11 @@ def test_eq07_the_vae_learns_to_reconstruct_a_sample_of_its_posterior():
 
 def test_eq07_the_bit_tokenizer_learns_straight_through_its_bits():
     """4 times the squared error, commitment, 0.02 (entropy of a token - entropy of all); the error's gradient reaches z as if it were the bits."""
-    z, codebook = torch.tensor([0.003, -0.002, -0.004, 0.001]).view(1, 2, 1, 2).requires_grad_(), mixing.codes_to_bits(torch.arange(4)[:, None], 2)
+    z, codebook = torch.tensor([0.003, -0.002, -0.004, 0.001]).view(1, 2, 1, 2).requires_grad_(), tokenizers.codes_to_bits(torch.arange(4)[:, None], 2)
     model = SimpleNamespace(encode=lambda x: z, decode=lambda bits: (bits.sum() + 1).expand(1, 3, 2, 2), quantize=SimpleNamespace(codebook=codebook))
     loss = train.vq_loss(model, (torch.full((1, 3, 2, 2), 0.25),), None, 0)
     grad, = torch.autograd.grad(loss, z)
-    commitment, per_sample, average = mixing.quantiser_losses(z, codebook)
+    commitment, per_sample, average = tokenizers.quantiser_losses(z, codebook)
     rest = commitment + 0.02 * (per_sample - average)
     assert abs(per_sample - average) > 0.1                                   # two tokens between bits, each of its own
     assert loss.item() == pytest.approx(4 * 0.75 ** 2 + rest.item())

@@ -11,6 +11,8 @@ import torch
 
 import golden
 import mixing
+import sample
+import tokenizers
 
 T, F = True, False
 
@@ -24,7 +26,7 @@ def bools(*rows):
 def drawn_again(score, known, r):
     """One image of 4 tokens with 2 codes each: the scores in order -> the places of the codes that go back behind the mask."""
     score, known = torch.tensor(score).view(1, 4, 2), torch.tensor(known, dtype=torch.bool).view(1, 4, 2)
-    return mixing.least_certain(score, known, r).flatten().nonzero().flatten().tolist()
+    return sample.least_certain(score, known, r).flatten().nonzero().flatten().tolist()
 
 
 def test_eq04_hides_the_least_certain_codes_again():
@@ -39,7 +41,7 @@ def test_eq04_hides_the_least_certain_codes_again():
 def test_eq04_every_image_keeps_its_own_codes():
     """Eq. (4): which codes are certain is decided in each image by itself."""
     score = torch.tensor([[[.1], [.2], [.3], [.4]], [[40.], [30.], [20.], [10.]]])
-    assert mixing.least_certain(score, torch.zeros(2, 4, 1, dtype=torch.bool), 0.5)[..., 0].tolist() == [[T, T, F, F], [F, F, T, T]]
+    assert sample.least_certain(score, torch.zeros(2, 4, 1, dtype=torch.bool), 0.5)[..., 0].tolist() == [[T, T, F, F], [F, F, T, T]]
 
 
 # Eq. (8): the mask
@@ -277,7 +279,7 @@ def test_eq11_writes_codes_as_bits_least_significant_first():
 
 def test_eq11_the_mask_code_becomes_zeros():
     """MaskBit's mask code, one past the last (2^e), stands for e zeros; the codes beside it keep their bits."""
-    assert mixing.codes_to_bits(torch.tensor([[[4, 2]], [[3, 4]]]), 2).tolist() == [[[0, 0, -1, 1]], [[1, 1, 0, 0]]]
+    assert tokenizers.codes_to_bits(torch.tensor([[[4, 2]], [[3, 4]]]), 2).tolist() == [[[0, 0, -1, 1]], [[1, 1, 0, 0]]]
 
 
 @on_sound_eq10

@@ -35,7 +35,7 @@ def test_a_full_size_file_gives_the_right_model_key_for_key(name):
     config, ours = backbone.from_official(state, kind, name)
     assert {key: config[key] for key in expected} == expected
     with torch.device("meta"):
-        model = sample.KINDS[kind](**config)
+        model = backbone.KINDS[kind](**config)
     assert golden.shapes(model) == {key: list(value.shape) for key, value in ours.items()} and len(ours) == len(state)
 
 
@@ -90,13 +90,14 @@ def test_a_mar_file_gives_its_ema_or_with_raw_its_last_weights(tmp_path):
     z = lambda model: model(g["tokens"], None, g["mask"].bool(), g["labels"], torch.zeros(3, dtype=torch.bool))
     args = argparse.Namespace(model="mar_base", lr=1e-4, resume=None, eval=False)
     path = save(tmp_path, dict(model=other(state), model_ema=state, optimizer={}, epoch=399, scaler={}, args=args))
-    model, saved = sample.load_model(path, "mixar")
+    model, saved = backbone.load_model(path, "mixar")
     assert golden.difference(z(model), g["decoder_z"]) < 1e-5
-    assert saved["meta"]["latent_std"] == [1 / 0.2325] * 8 and len(saved["meta"]["classes"]) == 10
-    raw, _ = sample.load_model(path, "mixar", "raw")
+    meta = sample.official_meta(saved["config"])
+    assert meta["latent_std"] == [1 / 0.2325] * 8 and len(meta["classes"]) == 10
+    raw, _ = backbone.load_model(path, "mixar", "raw")
     assert torch.equal(raw.mask_token, state["mask_token"] * 0.5)
     swapped = save(tmp_path, dict(model=state, model_ema=other(state)), "swapped.pth")
-    assert golden.difference(z(sample.load_model(swapped, "mixar", "raw")[0]), g["decoder_z"]) < 1e-5
+    assert golden.difference(z(backbone.load_model(swapped, "mixar", "raw")[0]), g["decoder_z"]) < 1e-5
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
@@ -106,7 +107,7 @@ def test_a_vae_file_gives_the_golden_pictures(tmp_path, name, recon, wrapper):
     """Bare or wrapped; what only the training of VA-VAE used is left out."""
     g, state = golden.load("vavae_tiny"), golden.official(name)
     state |= {"loss.discriminator.main.0.weight": torch.zeros(3), "foundation_model.model.norm.weight": torch.zeros(3), "linear_proj.weight": torch.zeros(7, 4, 1, 1)}
-    vae, _ = sample.load_model(save(tmp_path, {wrapper: state, "global_step": 7} if wrapper else state), "vae")
+    vae, _ = backbone.load_model(save(tmp_path, {wrapper: state, "global_step": 7} if wrapper else state), "vae")
     assert golden.difference(vae.encode(g["image"])[0], g["mean"]) < 2e-5
     assert golden.difference(vae.decode(g["mean"]), g[recon]) < 2e-5
 
@@ -114,7 +115,7 @@ def test_a_vae_file_gives_the_golden_pictures(tmp_path, name, recon, wrapper):
 @torch.no_grad()
 def test_a_maskbit_tokenizer_file_gives_the_golden_bits(tmp_path):
     g = golden.load("maskbit_tokenizer_tiny")
-    vq, _ = sample.load_model(save(tmp_path, golden.official("maskbit_tokenizer_tiny"), "tokenizer.bin"), "vq")
+    vq, _ = backbone.load_model(save(tmp_path, golden.official("maskbit_tokenizer_tiny"), "tokenizer.bin"), "vq")
     assert golden.difference(vq.encode(g["image"]), g["z"]) < 1e-5
     assert golden.difference(vq.decode(g["bits"]), g["recon"]) < 1e-5
 
@@ -126,13 +127,13 @@ def test_a_maskbit_generator_file_gives_the_golden_logits(tmp_path, norm, name):
     """Post-norm and pre-norm; the bit projection has two names."""
     g = golden.load("maskbit_generator_tiny")
     state = {key.replace("input_proj", name): value for key, value in golden.official(f"maskbit_generator_tiny_{norm}norm").items()}
-    prior, _ = sample.load_model(save(tmp_path, state), "prior")
+    prior, _ = backbone.load_model(save(tmp_path, state), "prior")
     assert golden.difference(prior(g["input_bits"], g["labels"], g["drop_mask"]), g[f"logits_{norm}"]) < 1e-5
 
 
 @torch.no_grad()
 def test_half_precision_files_become_float32(tmp_path):
-    vae, _ = sample.load_model(save(tmp_path, {key: value.half() for key, value in golden.official("vavae_tiny").items()}), "vae")
+    vae, _ = backbone.load_model(save(tmp_path, {key: value.half() for key, value in golden.official("vavae_tiny").items()}), "vae")
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
@@ -141,7 +142,7 @@ def test_half_precision_files_become_float32(tmp_path):
 def refused(path, kind, *words):
     """Loading ends with one line that names the file and says all `words`."""
     with pytest.raises(SystemExit) as error:
-        sample.load_model(path, kind)
+        backbone.load_model(path, kind)
     line = str(error.value)
     assert line.startswith(str(path)) and "\n" not in line
     for word in words:
@@ -166,7 +167,7 @@ def test_any_missing_key_is_named(tmp_path, kind):
     for key in state:
         path = save(tmp_path, {k: v for k, v in state.items() if k != key})
         with pytest.raises(SystemExit) as error:
-            sample.load_model(path, kind)
+            backbone.load_model(path, kind)
         assert str(error.value).startswith(str(path)) and "missing" in str(error.value), key
 
 

@@ -19,6 +19,7 @@ import test_diffusion_head
 import test_mixing
 import test_tokenizers
 import tokenizers
+import train
 
 MISTAKES = []
 
@@ -47,34 +48,34 @@ def red_equations():
 
 # Eq. (3)
 
-@mistake(3, mixing, "masked_loss")
+@mistake(3, train, "masked_loss")
 def without_label_smoothing(logits, codes):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten())
 
 
-@mistake(3, mixing, "masked_loss")
+@mistake(3, train, "masked_loss")
 def sum_over_codes(logits, codes):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="sum")
 
 
-@mistake(3, mixing, "training_mask")
+@mistake(3, train, "training_mask")
 def shown_instead_of_hidden(u_ratio, u_code):
     return u_code >= (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
 
 
-@mistake(3, mixing, "training_mask")
+@mistake(3, train, "training_mask")
 def linear_instead_of_arccos(u_ratio, u_code):
     return u_code < (1 - u_ratio)[:, None, None]
 
 
-@mistake(3, mixing, "training_mask")
+@mistake(3, train, "training_mask")
 def one_ratio_for_the_batch(u_ratio, u_code):
     return u_code < torch.acos(u_ratio[0]) / (math.pi / 2)
 
 
 # Eq. (4)
 
-sample_prior, prior_guidance, least_certain = sample.sample_prior, mixing.prior_guidance, mixing.least_certain
+sample_prior, prior_guidance, least_certain = sample.sample_prior, sample.prior_guidance, sample.least_certain
 
 
 @mistake(4, sample, "sample_prior")
@@ -92,33 +93,33 @@ def one_step_too_few(prior, y, draw, gumbel, steps, guidance, power, temperature
     return sample_prior(prior, y, draw, gumbel, steps - 1, guidance, power, temperature)
 
 
-@mistake(4, mixing, "prior_guidance")
+@mistake(4, sample, "prior_guidance")
 def constant_guidance(g, power, i, steps):
     return g
 
 
-@mistake(4, mixing, "prior_guidance")
+@mistake(4, sample, "prior_guidance")
 def power_of_the_whole_cosine(g, power, i, steps):
     return g * ((1 - math.cos(math.pi * i / steps)) / 2) ** power
 
 
-@mistake(4, mixing, "least_certain")
+@mistake(4, sample, "least_certain")
 def the_most_certain_hidden(score, known, r):
     return least_certain(-score, known, r)
 
 
-@mistake(4, mixing, "least_certain")
+@mistake(4, sample, "least_certain")
 def kept_codes_hidden_again(score, known, r):
     hidden = least_certain(score, known, r)
     return score <= score.flatten(1).sort(dim=1).values[:, int(hidden[0].sum()) - 1, None, None]
 
 
-@mistake(4, mixing, "least_certain")
+@mistake(4, sample, "least_certain")
 def linear_schedule(score, known, r):
     return least_certain(score, known, math.cos(math.pi / 2 * (1 - r)))
 
 
-@mistake(4, mixing, "least_certain")
+@mistake(4, sample, "least_certain")
 def one_threshold_for_the_batch(score, known, r):
     score = score.masked_fill(known, math.inf)
     return score <= score[least_certain(score, known, r)].max()
@@ -229,17 +230,17 @@ def guidance_counted_from_the_class(self, z, noise, steps, temperature=1.0, z_un
 generate, discrete, forward = sample.generate, backbone.MAR.discrete, backbone.MAR.forward
 
 
-@mistake(6, mixing, "hidden_after")
+@mistake(6, sample, "hidden_after")
 def tokens_drawn_evenly(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * (1 - (s + 1) / steps))))
 
 
-@mistake(6, mixing, "hidden_after")
+@mistake(6, sample, "hidden_after")
 def sine_for_cosine(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * (1 - math.sin(math.pi / 2 * (s + 1) / steps)))))
 
 
-@mistake(6, mixing, "hidden_after")
+@mistake(6, sample, "hidden_after")
 def steps_counted_from_zero(s, steps, N, hidden):
     return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * s / steps))))
 
@@ -264,7 +265,7 @@ def earlier_tokens_not_seen(model, x_d, y, order, *more):
 
 @mistake(6, backbone.MAR, "discrete")
 def discrete_tokens_without_positions(self, x_d):
-    return self.z_proj_ln(self.discrete_emb(mixing.bits_to_codes(x_d)))
+    return self.z_proj_ln(self.discrete_emb(tokenizers.bits_to_codes(x_d)))
 
 
 @mistake(6, backbone.MAR, "discrete")
@@ -279,42 +280,42 @@ def without_the_class(self, x_c, x_d, m, y, drop):
 
 # Eq. (7)
 
-@mistake(7, mixing, "reparameterize")
-def variance_for_deviation(mean, logvar, eps):
-    return mean + logvar.exp() * eps
+@mistake(7, tokenizers, "reparameterize")
+def variance_for_deviation(mean, std, noise):
+    return mean + std.square() * noise
 
 
-@mistake(7, mixing, "reparameterize")
-def logarithm_for_deviation(mean, logvar, eps):
-    return mean + logvar * eps
+@mistake(7, tokenizers, "reparameterize")
+def logarithm_for_deviation(mean, std, noise):
+    return mean + 2 * std.log() * noise
 
 
-@mistake(7, mixing, "reparameterize")
-def mean_alone(mean, logvar, eps):
+@mistake(7, tokenizers, "reparameterize")
+def mean_alone(mean, std, noise):
     return mean
 
 
-@mistake(7, mixing, "quantise")
+@mistake(7, tokenizers, "quantise")
 def zero_is_a_plus(z):
     return torch.where(z >= 0, 1.0, -1.0)
 
 
-@mistake(7, mixing, "quantise")
+@mistake(7, tokenizers, "quantise")
 def zero_stays_zero(z):
     return z.sign()
 
 
-@mistake(7, mixing, "quantise")
+@mistake(7, tokenizers, "quantise")
 def bits_of_0_and_1(z):
     return (z > 0).float()
 
 
-@mistake(7, mixing, "bits_to_codes", also=[4])
+@mistake(7, tokenizers, "bits_to_codes", also=[4])
 def first_bit_counts_most(bits):
     return ((bits.flip(-1) > 0).long() << torch.arange(bits.shape[-1])).sum(-1)
 
 
-@mistake(7, mixing, "kl_to_normal")
+@mistake(7, tokenizers, "kl_to_normal")
 def kl_averaged(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
 
@@ -517,7 +518,7 @@ def predict(g_M, x_d, m, y, u, seen=None, keep=None):
     """The right prediction from what g_M sees, kept where `keep`: both can be set wrong."""
     with torch.no_grad():
         logits = g_M(mixing.mask_discrete(x_d, m) if seen is None else seen, y)
-    x_hat = mixing.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+    x_hat = tokenizers.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
     return torch.where((m if keep is None else keep)[..., None], x_hat, x_d)
 
 
@@ -538,13 +539,13 @@ def impossible_code_at_u_0(logits, u):
     return torch.searchsorted(cdf, u.double()[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
 
 
-@mistake(11, mixing, "codes_to_bits", also=[4])
+@mistake(11, tokenizers, "codes_to_bits", also=[4])
 def most_significant_bit_first(codes, e):
     bits = (codes[..., None] >> torch.arange(e).flip(0) & 1).float() * 2 - 1
     return torch.where(codes[..., None] == 2 ** e, 0.0, bits).flatten(-2)
 
 
-@mistake(11, mixing, "codes_to_bits", also=[4])
+@mistake(11, tokenizers, "codes_to_bits", also=[4])
 def bits_0_and_1(codes, e):
     return (codes[..., None] >> torch.arange(e) & 1).float().flatten(-2)
 
@@ -582,7 +583,7 @@ def two_passes(g_M, x_d, m, y, u):
 @mistake(11, mixing, "predict_masked")
 def gradient_through_g_M(g_M, x_d, m, y, u):
     logits = g_M(mixing.mask_discrete(x_d, m), y)
-    x_hat = mixing.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+    x_hat = tokenizers.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
     return torch.where(m[..., None], x_hat, x_d)
 
 

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbone
 import golden
-import mixing
 import sample
 import tokenizers
 import train
@@ -90,9 +89,9 @@ def test_averages_are_counted_on_from_a_checkpoint(runs, tmp_path, monkeypatch):
 
 def test_rate_warms_up_then_stays_or_anneals_to_a_tenth():
     recipe = dict(lr=2.0, warmup=4, steps=100, anneal=False)
-    assert [backbone.learning_rate(recipe, step) for step in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
-    assert backbone.learning_rate(recipe | dict(warmup=0.1), 4) == 1.0, "a warm-up below 1 is a share of all steps"
-    assert [round(backbone.learning_rate(recipe | dict(anneal=True), step), 9) for step in (50, 100)] == [1.1, 0.2]
+    assert [train.learning_rate(recipe, step) for step in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
+    assert train.learning_rate(recipe | dict(warmup=0.1), 4) == 1.0, "a warm-up below 1 is a share of all steps"
+    assert [round(train.learning_rate(recipe | dict(anneal=True), step), 9) for step in (50, 100)] == [1.1, 0.2]
 
 
 def test_moving_average_warms_up():
@@ -181,7 +180,7 @@ def batch_of(kind, rows):
 def fresh_model(kind):
     torch.manual_seed(0)
     sizes = dict(prior=dict(N=64, bits=8, classes=10), mixar=dict(N=64, d_c=8, d_d=8, classes=10)).get(kind, {})
-    model = sample.KINDS[kind](**sizes, **backbone.PRESETS["tiny"]["mar" if kind == "mixar" else kind])
+    model = backbone.KINDS[kind](**sizes, **backbone.PRESETS["tiny"]["mar" if kind == "mixar" else kind])
     if kind == "mixar":                                                      # the zero start values would hide most gradients
         for p in model.diffloss.parameters():
             torch.nn.init.normal_(p, std=0.1)
@@ -348,7 +347,7 @@ def test_official_tokenizers_make_the_token_cache(tmp_path):
         torch.save(golden.official(name), tmp_path / f"{kind}.pth")
     files = ["--vae", str(tmp_path / "vae.pth"), "--vq", str(tmp_path / "vq.pth")]
     train.main([*SMALL, *files, "--images", "8", "--runs", str(tmp_path), "--stage", "cache"])
-    vae, vq = (sample.load_model(tmp_path / f"{kind}.pth", kind)[0] for kind in ("vae", "vq"))
+    vae, vq = (backbone.load_model(tmp_path / f"{kind}.pth", kind)[0] for kind in ("vae", "vq"))
     tokens = tokenizers.Tokens(tmp_path / "shapes" / "tokens", vae, vq)
     mean, _, x_d, _ = tokens.batch(np.array([0]), lambda f: torch.zeros(1))
     assert mean.shape == (1, 256, 4) and x_d.shape == (1, 256, 6)
@@ -363,12 +362,12 @@ def test_larger_presets_follow_mars_recipe():
         recipe = args.recipe["mixar"] | dict(steps=1000)
         assert (recipe["epochs"], recipe["batch"], args.clip, args.ema) == (400, 2048, 3.0, 0.9999)
         assert recipe["lr"] == pytest.approx(8e-4) and recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02
-        assert backbone.learning_rate(recipe, 124) == pytest.approx(4e-4) and backbone.learning_rate(recipe, 249) == backbone.learning_rate(recipe, 999) == pytest.approx(8e-4)
+        assert train.learning_rate(recipe, 124) == pytest.approx(4e-4) and train.learning_rate(recipe, 249) == train.learning_rate(recipe, 999) == pytest.approx(8e-4)
     recipe = lambda *flags: train.parse([*flags]).recipe["mixar"]
     smaller = recipe("--preset", "base", *files, "--batch-size", "512", "--steps", "70")
     assert smaller["lr"] == pytest.approx(2e-4) and smaller["steps"] == 70
     assert recipe("--preset", "base", *files, "--lr", "0.1")["lr"] == 0.1 and recipe("--warmup", "0")["warmup"] == 0
-    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == backbone.RECIPES["tiny"]["mixar"]["steps"]
+    assert "steps" not in recipe("--epochs", "2") and recipe()["steps"] == train.RECIPES["tiny"]["mixar"]["steps"]
 
 
 def test_epochs_are_passes_over_the_pictures(runs, tmp_path):
@@ -440,7 +439,7 @@ def test_weights_that_do_not_fit_are_named():
     model = torch.nn.Linear(2, 3)
     state = {"weight": torch.zeros(3, 4), "other": torch.zeros(1)}
     with pytest.raises(SystemExit, match=r"f.pt: does not fit the model: missing bias; unexpected other; weight is \(3, 4\), expected \(3, 2\)"):
-        sample.load_weights(model, state, "f.pt")
+        backbone.load_weights(model, state, "f.pt")
 
 
 @pytest.mark.parametrize("flags, words", [(["--data", "/no/where", "--stage", "all"], "no such folder"), (["--data", "/no/where"], "run the stages vae, vq and cache first"),
@@ -533,7 +532,7 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
 def test_pictures_go_through_the_tokenizers_a_few_at_a_time(runs):
     """Half a million pixels at once, so 512 pictures of 32 x 32 and 2 of 512 x 512; the pictures and bits are the same."""
     system, generator = sample.System(runs / "shapes-dcmix", amp="fp32"), torch.Generator().manual_seed(0)
-    bits = mixing.quantise(torch.randn(5, system.model.N, 8, generator=generator))
+    bits = tokenizers.quantise(torch.randn(5, system.model.N, 8, generator=generator))
     pictures = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
     x_c = torch.randn(5, system.model.N, 8, generator=generator)
     found = []
@@ -552,13 +551,13 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [sample.on_device(device) for device in ("cpu", "cuda", "cuda:0")] == ["cpu", *taken] == ["cpu", "cuda:1", "cuda:0"]
+    assert [train.on_device(device) for device in ("cpu", "cuda", "cuda:0")] == ["cpu", *taken] == ["cpu", "cuda:1", "cuda:0"]
     for wrong in ("cuda:2", "cudaa", "mps"):
         with pytest.raises(SystemExit, match=f"--device {wrong}: no such device here; use cpu, cuda:0, cuda:1"):
-            sample.on_device(wrong)
+            train.on_device(wrong)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(SystemExit, match="--device cuda: no such device here"):
-        sample.on_device("cuda")
+        train.on_device("cuda")
 
 
 def test_a_file_is_no_place_for_runs(tmp_path):
@@ -577,7 +576,7 @@ def test_contradictions_are_one_line(flags, words):
 def test_the_optimiser_follows_the_recipe(runs):
     """The rate of the last step, here in the warm-up, is the one in the optimiser: of the annealed VAE and of MixAR."""
     for path, kind in ((runs / "shapes" / "vae", "vae"), (runs / "shapes-dcmix", "mixar")):
-        rate = backbone.learning_rate(backbone.RECIPES["tiny"][kind] | dict(steps=2), 1)
+        rate = train.learning_rate(train.RECIPES["tiny"][kind] | dict(steps=2), 1)
         assert all(group["lr"] == pytest.approx(rate) for group in weights(path / "last.pt", "optimizer")["param_groups"])
 
 
