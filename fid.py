@@ -512,11 +512,12 @@ class PictureSet:
 
             return count, read, note
         if self.kind == "npz":
-            pictures = read_npz(self.what, "arr_0").get("arr_0", np.empty(0))[:count]
-            if pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
-                found = f"{pictures.dtype} {pictures.shape}"
-                raise SystemExit(f"{self.what}: arr_0 is {found}, expected uint8 (n, H, W, 3)")
-            return len(pictures), lambda numbers: pictures[numbers].transpose(0, 3, 1, 2), note
+            pictures = read_npz(self.what, "arr_0").get("arr_0")
+            if pictures is None or pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
+                expected = "expected an npz file with arr_0, uint8 (n, H, W, 3), or mu and sigma"
+                raise SystemExit(f"{self.what}: {expected}")
+            pictures = pictures[:count].transpose(0, 3, 1, 2)
+            return len(pictures), lambda numbers: pictures[numbers], note
         source = tokenizers.open_source(self.what, "test", size, count)
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
         return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
