@@ -7,7 +7,8 @@ makes the distance FID. Without its file a small classifier of the same data set
 and the distance is never called FID.
 
 A set is a run, a folder, an npz file or a data set. A run is sampled with its own settings; save
-samples of any other settings by sample.py first. Under torchrun the processes share the pictures.
+samples of any other settings by sample.py first. Pictures are streamed, but those of an npz file,
+which are read at once. Under torchrun the processes share the pictures.
 
 Reads runs through sample.py and data sets through tokenizers.py, writes JSON. It is the last file;
 read tests/ next. Try: python fid.py runs/shapes-dcmix shapes
@@ -21,7 +22,6 @@ import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -567,21 +567,21 @@ def load_statistics(path, extractor):
     return Statistics(saved["mu"], saved["sigma"], n, note)
 
 
-def gather(mine):
-    """What each process gives, in the order of the processes."""
+def gather(share):
+    """A list of what each process passes here, in the order of the processes."""
     _, ranks = world()
-    everything = [mine] * ranks
+    shares = [share] * ranks
     if ranks > 1:
-        dist.all_gather_object(everything, mine)
-    return everything
+        dist.all_gather_object(shares, share)
+    return shares
 
 
 @torch.no_grad()
-def stream(n, read, name, extractor, args, change=None):
+def stream(n, read, name, extractor, args, run=None, tokenizer=None):
     """This process's share of n pictures through the feature network, batch by batch.
 
     read: see PictureSet.open.
-    change: what turns a batch into the pictures that are measured; None leaves it as it is.
+    run, tokenizer: see `measure`.
 
     Returns the moments of the features, {number: logits (K,)}, and why pictures cannot be read.
     """
@@ -599,8 +599,8 @@ def stream(n, read, name, extractor, args, change=None):
         if not good:
             continue
         pictures = torch.tensor(np.stack(list(good.values())))       # (B, 3, H, W)
-        if change:
-            pictures = change(pictures)
+        if run:
+            pictures = reconstruct(pictures, run, tokenizer)
         pictures = crop(pictures, extractor.size).to(args.device)    # (B, 3, size, size)
         features, some_logits = extractor(pictures)                  # (B, d), (B, K)
         total = merge(total, moments(features.cpu().numpy()))
@@ -622,12 +622,10 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     if one.run:
         count = count or extractor.samples
     n, read, note = one.open(count, run.size if run else extractor.size, args)
-    change = None
     if run:
-        change = partial(reconstruct, run=run, tokenizer=tokenizer)
         note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
-    shares = gather(stream(n, read, note["source"], extractor, args, change))
-    totals, logits_of_all, skipped = zip(*shares)
+    share = stream(n, read, note["source"], extractor, args, run, tokenizer)
+    totals, logits_of_all, skipped = zip(*gather(share))
 
     total = totals[0]
     for other in totals[1:]:
@@ -740,7 +738,8 @@ def main(argv=None):
     measured = [measure(a, args.count, extractor, args)]
     if args.rfd:
         measured.append(measure(b, None, extractor, args, a.run, "vae"))
-        measured.append(measure(b, None, extractor, args, a.run, "vq"))
+        if a.run.vq:
+            measured.append(measure(b, None, extractor, args, a.run, "vq"))
     if world()[0] == 0:
         write_report(measured, reference, extractor, args, start)
 
