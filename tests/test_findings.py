@@ -1,4 +1,4 @@
-"""docs/findings.md shows what assets/findings.json holds, and the programs know the plan's flags."""
+"""docs/findings.md shows what assets/findings.json holds; the programs know the plan's flags."""
 import json
 
 import pytest
