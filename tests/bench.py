@@ -9,12 +9,10 @@ depend on them.
 Reads backbone.py, train.py, sample.py and fid.py; docs/imagenet.md shows its table.
 
 Try: python tests/bench.py             (everything, some minutes on 2 cores)
-     python tests/bench.py flops       (one forward pass of each size, counted and not timed)
      python tests/bench.py train maskbit
 
 B batch, N tokens, d_c channels of x_c.
 """
-import math
 import sys
 import time
 from functools import partial
@@ -100,7 +98,6 @@ def bench_train():
     model = mar_b().train()
     recipe = dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02)
     optimizer = train.make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(amp, B):
         args = train.parse(["--amp", amp])
@@ -109,9 +106,9 @@ def bench_train():
         mean = torch.randn(B, N, D_C)
         std = torch.full((B, N, D_C), 0.1)
         batch = (mean, std, torch.ones(B, N, BITS), torch.arange(B))
-        draw = train.Draw(0, 0, B, CPU)
+        rng = train.Rng(0, 0, B, CPU)
         with mock.patch.object(mixing, "mask_ratio", return_value=MASK_RATIO):
-            train.update(args, loss, model, optimizer, scaler, [(batch, draw)], 0)
+            train.update(args, loss, model, optimizer, [(batch, rng)], 0)
 
     for amp, B in PRECISIONS:
         report("MAR-B training step", step, amp, B, 4)
@@ -143,7 +140,10 @@ def bench_maskbit():
     torch.manual_seed(0)
     sizes = backbone.PRESETS["base"]["prior"]
     model = backbone.MaskBitPrior(N=N, bits=BITS, classes=CLASSES, **sizes).eval()
-    guidance, power, temperature = sample.MASKBIT[BITS]
+    settings = sample.BASE
+    guidance = settings["prior_cfg"]
+    power = settings["prior_power"]
+    temperature = settings["prior_temperature"]
 
     def sample_codes(logits):
         return mixing.sample_codes(logits, torch.rand(logits.shape[:-1]))
@@ -171,31 +171,7 @@ def bench_inception():
     report("Inception features", features, "fp32", 16, 2)
 
 
-@torch.no_grad()
-def forward_flops(model, ratio=MASK_RATIO):
-    """Floating-point operations for z of one image, without the diffusion head.
-
-    - model: a MAR on the meta device
-    - ratio: the mask ratio
-    """
-    # on the CPU, for its values count
-    m = torch.arange(model.N)[None] < math.ceil(model.N * ratio)             # (1, N)
-    with torch.device("meta"):
-        x_c = torch.empty(1, model.N, model.d_c)
-        x_d = torch.empty(1, model.N, model.d_d)
-        y = torch.zeros(1, dtype=torch.long)
-        drop = torch.zeros(1, dtype=torch.bool)
-        return count_flops(lambda: model(x_c, x_d, m, y, drop))
-
-
-def bench_flops():
-    """TFLOPs of one forward pass of each row of `python backbone.py`; nothing is timed."""
-    for name in backbone.SIZES:
-        print(f"{name:34} {forward_flops(backbone.sized(name)) / 1e12:.3f} TFLOPs an image")
-
-
 BENCHES = dict(
-    flops=bench_flops,
     train=bench_train,
     generate=bench_generate,
     maskbit=bench_maskbit,
@@ -205,7 +181,7 @@ BENCHES = dict(
 
 def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with train.processes():
+    with train.process_group():
         for name in sys.argv[1:] or BENCHES:
             BENCHES[name]()
 

@@ -300,7 +300,7 @@ def draw(data, seed, columns=20):
         rows.append(np.load(file)["arr_0"].transpose(0, 3, 1, 2))        # (columns, 3, H, W)
         file.unlink()
     images = torch.tensor(np.concatenate(rows))
-    sample.save_grid(images, ROOT / "assets" / f"findings-{data}.png", columns)
+    sample.save_png(sample.tile(images, columns), ROOT / "assets" / f"findings-{data}.png")
 
 
 def collect():

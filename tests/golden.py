@@ -108,8 +108,7 @@ def model(kind, name, probe=None):
 
     The program recognises the model by its keys and renames them, as it does with a real file.
     """
-    config, state = backbone.from_official(official(name, probe), kind, name)
-    return backbone.build(kind, config, state, name)
+    return backbone.KINDS[kind].from_official(official(name, probe))
 
 
 def fill(module, prefix="", probe=None):

