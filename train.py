@@ -502,6 +502,11 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    # what a flag names is opened before anything is trained
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in given.items():
+        if file:
+            backbone.load_checkpoint(file, kind)
     size = backbone.PRESETS[args.preset]["size"]
     source = tokenizers.open_source(args.data, "train", size, args.images)
     if not args.vae and not done(shared / "vae", "vae", args.vae_steps):
@@ -586,15 +591,10 @@ def parse(argv=None):
 
 
 def settle(args):
-    """Open the given files, refuse contradictions and add `recipe`, the stages' recipes."""
+    """Refuse flags that contradict each other, and add `recipe`, the recipes of the stages."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
-    for kind, file in (("vae", args.vae), ("vq", args.vq), ("prior", args.prior)):
-        if file:
-            backbone.load_checkpoint(file, kind)
-        elif kind not in args.recipe:
-            raise SystemExit(f"--preset {args.preset} trains MixAR alone; give --{kind} FILE")
-    if args.init:
-        backbone.load_checkpoint(args.init, "mixar")
+    if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
+        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
