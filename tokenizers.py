@@ -296,8 +296,9 @@ class BitVQ(nn.Module):
             norm_out=norm(groups, widths[0]), silu=nn.SiLU(),
             conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
         codebook = codes_to_bits(torch.arange(2 ** bits)[:, None], bits)
+        powers = 2 ** torch.arange(bits, dtype=torch.int32)
         self.quantize = nn.Module()
-        self.quantize.register_buffer("bits_to_indices", 2 ** torch.arange(bits, dtype=torch.int32))
+        self.quantize.register_buffer("bits_to_indices", powers)
         self.quantize.register_buffer("codebook", codebook)
 
     @classmethod
@@ -429,7 +430,8 @@ class Idx:
         image = self.images[i]
         if max(image.shape) > self.size:
             image = np.asarray(center_crop(Image.fromarray(image), self.size))
-        edges = [((self.size - side) // 2, (self.size - side + 1) // 2) for side in image.shape]
+        rows, columns = (self.size - side for side in image.shape)           # that are missing
+        edges = ((rows // 2, (rows + 1) // 2), (columns // 2, (columns + 1) // 2))
         return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
 
 
@@ -461,17 +463,21 @@ class Shapes:
         px = cos(pi / 5)
         py = sin(pi / 5)
         star = (r * np.cos(fold) - 0.42) * py - r * np.sin(fold) * (px - 0.42)
-        hearts = np.hypot(ax - 0.4, y - 0.3) - 0.566
-        return [
+        upright = intersect(ax - 0.28, ay - 0.9)
+        level = intersect(ax - 0.9, ay - 0.28)
+        round_tops = np.hypot(ax - 0.4, y - 0.3) - 0.566
+        shaft = intersect(ax - 0.22, abs(y + 0.4) - 0.5)
+        tip = intersect((ax + y - 0.9) / 1.414, -y)
+        return [                                                             # as `classes`
             r - 0.85,
             abs(r - 0.67) - 0.22,
             intersect(ax, ay) - 0.75,
             intersect(0.866 * ax + 0.5 * y, -y) - 0.5,
             star / hypot(px - 0.42, py),
-            unite(intersect(ax - 0.28, ay - 0.9), intersect(ax - 0.9, ay - 0.28)),
-            unite((ax + abs(y + 0.1) - 0.8) / 1.414, hearts),
+            unite(upright, level),
+            unite((ax + abs(y + 0.1) - 0.8) / 1.414, round_tops),
             intersect(r - 0.9, 0.72 - np.hypot(x - 0.5, y)),
-            unite(intersect(ax - 0.22, abs(y + 0.4) - 0.5), intersect((ax + y - 0.9) / 1.414, -y)),
+            unite(shaft, tip),
             intersect(ay - 0.85, (ax - 0.95 * ay - 0.05) / 1.38),
         ]
 
