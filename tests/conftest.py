@@ -1,3 +1,4 @@
+"""Lets the tests import the product's files, whichever folder pytest is started from."""
 import sys
 from pathlib import Path
 

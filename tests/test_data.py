@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import tokenizers
-import train
 from backbone import PRESETS
 
 
@@ -30,16 +28,6 @@ def open_folder(folder, split="train"):
 
 def shapes(count):
     return tokenizers.open_source("shapes", "train", 32, count)
-
-
-def pixels_alone(pictures):
-    return {"pixels": pictures}
-
-
-def cache_images(folder, source):
-    """Pixels of all pictures and which rows could be read, as train.py caches them."""
-    train.cache(folder, source, pixels_alone, 64)
-    return tokenizers.readable(folder, "pixels")
 
 
 @pytest.fixture
@@ -68,7 +56,8 @@ def test_shapes_are_a_function_of_split_and_index():
 def test_shapes_outlines_are_inside_at_negative_distance(name):
     """The figure covers a sensible part of the square, and the rim of [-1, 1]^2 is outside."""
     axis = np.linspace(-1, 1, 81)
-    distance = tokenizers.Shapes.distance(name, axis[None, :], -axis[:, None])
+    label = tokenizers.Shapes.classes.index(name)
+    distance = tokenizers.Shapes.distances(axis[None, :], -axis[:, None])[label]
     assert 0.1 < (distance < 0).mean() < 0.65
     rim = (distance[0], distance[-1], distance[:, 0], distance[:, -1])
     assert all((edge > 0).mean() > 0.8 for edge in rim)
@@ -97,21 +86,26 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     data = (folder / "dog" / "rgba.png").read_bytes()
     (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
-    pixels, readable = cache_images(tmp_path / "out", open_folder(folder))
+    source = open_folder(folder)
+    pixels, labels = tokenizers.read_all(source)
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
-    assert pixels.shape == (7, 3, 32, 32)
-    assert readable.tolist() == [1, 2, 3, 4, 5]
+    assert pixels.shape == (5, 3, 32, 32)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+    assert (pixels[4] == source.read(5)).all()
+
+    tokenizers.cache_tokens(tmp_path / "out", source, *tiny_tokenizers(), "cpu")
+    assert "skipped 2 unreadable of 7" in capsys.readouterr().out
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert len(meta["skipped"]) == 2 and meta["complete"]
-    assert (pixels[5] == open_folder(folder).read(5)).all()
+    assert tokenizers.Tokens(tmp_path / "out").rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="none of its 1 pictures"):
-        cache_images(tmp_path / "out", open_folder(tmp_path / "in"))
+        tokenizers.read_all(open_folder(tmp_path / "in"))
 
 
 def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
@@ -129,8 +123,11 @@ def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
 
     source.read = broken_disk
     monkeypatch.setattr(tokenizers, "write_json", write_unless_complete)
-    assert 7 not in cache_images(tmp_path, source)[1]
-    assert 7 in cache_images(tmp_path, shapes(20))[1]
+    vae, vq = tiny_tokenizers()
+    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu")
+    assert np.load(tmp_path / "status.npy")[7] == 2
+    tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
+    assert np.load(tmp_path / "status.npy")[7] == 1
 
 
 def test_two_programs_filling_one_cache_are_noticed(tmp_path):
@@ -144,9 +141,11 @@ def test_two_programs_filling_one_cache_are_noticed(tmp_path):
         return shipped(i)
 
     source.read = read
+    vae, vq = tiny_tokenizers()
     with pytest.raises(SystemExit, match="another program was filling it, too"):
-        cache_images(tmp_path, source)
-    assert len(cache_images(tmp_path, shapes(200))[1]) == 200
+        tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=50)
+    tokenizers.cache_tokens(tmp_path, shapes(200), vae, vq, "cpu", batch=50)
+    assert (np.load(tmp_path / "status.npy") == 1).all()
 
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
@@ -247,9 +246,10 @@ def test_other_pictures_in_a_folder_are_another_source(folder):
 
 
 def test_images_of_another_source_are_refused(tmp_path):
-    cache_images(tmp_path, shapes(10))
-    with pytest.raises(SystemExit, match="was made from"):
-        cache_images(tmp_path, shapes(20))
+    vae, vq = tiny_tokenizers()
+    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    with pytest.raises(SystemExit, match="was made with pictures 10, not 20"):
+        tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
 
 
 def tiny_tokenizers():
@@ -268,8 +268,8 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     vae, vq = tiny_tokenizers()
     source = shapes(50)
     source.mirror = True
-    train.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
-    tokens = tokenizers.Tokens(tmp_path, vae, vq)
+    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
+    tokens = tokenizers.Tokens(tmp_path)
     assert tokens.n == 50
     assert tokens.labels.tolist() == source.labels.tolist()
     assert tokens.classes == source.classes
@@ -297,8 +297,8 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
     vae, vq = tiny_tokenizers()
     # Much posterior noise.
     vae.quant_conv.bias.data[8:] = 1.0
-    train.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
-    tokens = tokenizers.Tokens(tmp_path, vae, vq)
+    tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
+    tokens = tokenizers.Tokens(tmp_path)
     mean, std, _, _ = tokens.batch(np.arange(300), lambda f: torch.zeros(300))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     x_c = mean + std * noise
@@ -308,10 +308,10 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
 
 def test_cache_refuses_other_tokenizers(tmp_path):
     vae, vq = tiny_tokenizers()
-    train.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
     vq.decoder.conv_out.bias.data += 1
-    with pytest.raises(SystemExit, match="was made by tokenizers"):
-        tokenizers.Tokens(tmp_path, vae, vq)
+    with pytest.raises(SystemExit, match="was made with vq [0-9a-f]{16}, not [0-9a-f]{16}:"):
+        tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
 
 
 def cache_arrays(folder):
@@ -326,7 +326,7 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
     """
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     vae, vq = tiny_tokenizers()
-    train.cache_tokens(tmp_path / "whole", open_folder(folder), vae, vq, "cpu", batch=2)
+    tokenizers.cache_tokens(tmp_path / "whole", open_folder(folder), vae, vq, "cpu", batch=2)
     source = open_folder(folder)
     shipped = source.read
     numbers = []
@@ -342,18 +342,18 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
 
     source.read = stop_at_four
     with pytest.raises(KeyboardInterrupt):
-        train.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
-    with pytest.raises(SystemExit, match="not complete"):
-        tokenizers.Tokens(tmp_path / "stopped", vae, vq)
+        tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+    with pytest.raises(SystemExit, match="not a complete token cache"):
+        tokenizers.Tokens(tmp_path / "stopped")
     source.read = noted
-    train.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+    tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
     whole = cache_arrays(tmp_path / "whole")
     resumed = cache_arrays(tmp_path / "stopped")
     assert all((whole[name] == resumed[name]).all() for name in whole)
     # Picture 0 is broken; it is read again and named at the end.
     assert sorted(set(numbers)) == [0, 4, 5]
     assert whole["status"].tolist() == [2, 1, 1, 1, 1, 1]
-    tokens = tokenizers.Tokens(tmp_path / "stopped", vae, vq)
+    tokens = tokenizers.Tokens(tmp_path / "stopped")
     assert tokens.n == 5
     assert tokens.labels.tolist() == [0, 0, 1, 1, 1]
 
@@ -371,34 +371,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
+def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
-    def too_low(pictures):
-        return {"pixels": pictures[:, :, :5] if pictures.any() else pictures}
+    shipped = tokenizers.encode
 
+    def too_low(pictures, *more):
+        rows = shipped(pictures, *more)
+        return rows | {"indices": rows["indices"][:, :, :5]} if pictures.any() else rows
+
+    monkeypatch.setattr(tokenizers, "encode", too_low)
     with pytest.raises(ValueError):
-        train.cache(tmp_path, shapes(6), too_low, batch=2)
+        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
-
-
-def cache_in_one_of(rank, ranks, port, path):
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
-    train.cache_tokens(path, shapes(50), *tiny_tokenizers(), "cpu", batch=8)
-    dist.destroy_process_group()
-
-
-def test_two_processes_fill_one_cache(tmp_path):
-    train.cache_tokens(tmp_path / "one", shapes(50), *tiny_tokenizers(), "cpu", batch=8)
-    torch.multiprocessing.spawn(cache_in_one_of, (2, 29631, tmp_path / "two"), nprocs=2)
-    one = cache_arrays(tmp_path / "one")
-    two = cache_arrays(tmp_path / "two")
-    assert (two["status"] == 1).all()
-    assert (one["indices"] == two["indices"]).mean() > 0.999
-    assert one["moments"].dtype == np.float16 and one["indices"].dtype == np.int32
-    moments = two["moments"].astype(float)
-    assert np.allclose(one["moments"].astype(float), moments, atol=2e-3)
 
 
 def test_indices_and_bits_are_inverse_least_significant_first():

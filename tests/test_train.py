@@ -125,7 +125,7 @@ def test_golden_moving_average():
 def test_data_order_and_dropout_are_functions_of_seed_and_step():
     """20 pictures in batches of 8: two batches an epoch without a picture twice, another order in the next."""
     def numbers(step):
-        batches = train.draw_batches(train.parse(["--device", "cpu"]), lambda rows, draw: (torch.tensor(rows),), 20, 8, step, 1)
+        batches = train.step_batches(train.parse(["--device", "cpu"]), lambda rows, draw: (torch.tensor(rows),), 20, 8, step, 1)
         return batches[0][0][0].tolist(), torch.rand(1).item()
     found = [numbers(step) for step in range(4)]
     assert found == [numbers(step) for step in range(4)] and len({dropout for _, dropout in found}) == 4
@@ -197,7 +197,7 @@ def gradients(rank, ranks, port, kind, path):
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     model, loss = fresh_model(kind), losses(kind)
-    draw = train.Draw(0, 5, 8, torch.device("cpu"))
+    draw = train.Rng(0, 5, 8, torch.device("cpu"))
     module = train.Loss(model, loss)
     module = DistributedDataParallel(module) if ranks > 1 else module
     module(batch_of(kind, draw.rows), draw, 5).backward()
@@ -238,7 +238,7 @@ def test_accumulation_gives_the_gradients_of_the_undivided_batch(tmp_path, kind)
     model, loss = fresh_model(kind), losses(kind)
     args, found = train.parse(["--amp", "fp32", "--clip", "1e9"]), []
     for parts in (1, 4):
-        draws = [train.Draw(0, 5, 8, torch.device("cpu"), part, parts) for part in range(parts)]
+        draws = [train.Rng(0, 5, 8, torch.device("cpu"), part, parts) for part in range(parts)]
         assert [i for draw in draws for i in range(8)[draw.rows]] == list(range(8))
         batches = [(batch_of(kind, draw.rows), draw) for draw in draws]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -264,7 +264,7 @@ def test_processes_talk_once_a_step(tmp_path):
             return averaged
 
         ddp.register_comm_hook(talks, talk)
-        parts = [(torch.ones(1, 2), train.Draw(0, 0, 1, torch.device("cpu"))) for _ in range(3)]
+        parts = [(torch.ones(1, 2), train.Rng(0, 0, 1, torch.device("cpu"))) for _ in range(3)]
         optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", enabled=False)
         for step in (1, 2):
             train.update(train.parse(["--amp", "fp32"]), ddp, model, optimizer, scaler, parts, 0)
@@ -285,7 +285,7 @@ def test_recomputed_activations_give_the_same_gradients(guidance):
     for recompute in (False, True):
         model.recompute = recompute
         torch.manual_seed(1)
-        draw = train.Draw(0, 5, 8, torch.device("cpu"))
+        draw = train.Rng(0, 5, 8, torch.device("cpu"))
         model.zero_grad()
         train.mixar_loss(model, batch_of("mixar", draw.rows), draw, 5, None, train.parse([])).backward()
         found.append([p.grad.clone() for p in model.parameters()])
@@ -294,7 +294,7 @@ def test_recomputed_activations_give_the_same_gradients(guidance):
 
 def test_recomputed_activations_are_not_kept(tmp_path):
     """--checkpoint-activations: without it the inner activations of every block stay in memory until the backward pass."""
-    draw, kept, config = train.Draw(0, 5, 8, torch.device("cpu")), [], dict(N=64, d_c=8, d_d=8, classes=10) | backbone.PRESETS["tiny"]["mar"]
+    draw, kept, config = train.Rng(0, 5, 8, torch.device("cpu")), [], dict(N=64, d_c=8, d_d=8, classes=10) | backbone.PRESETS["tiny"]["mar"]
     for flags in ([], ["--checkpoint-activations"]):
         model, sizes = train.State(train.parse(flags), "mixar", tmp_path, config, {}, None).model.train(), {}
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
@@ -478,7 +478,7 @@ def test_fp16_goes_on_after_a_loss_that_is_not_finite():
     model = torch.nn.Linear(2, 1)
     args, scaler = train.parse(["--amp", "fp16"]), torch.amp.GradScaler("cpu", init_scale=1024)
     ddp = lambda batch, draw, step: (model(torch.ones(1, 2)) * batch).sum()
-    draw, optimizer, taken = train.Draw(0, 0, 1, torch.device("cpu")), torch.optim.SGD(model.parameters(), 0.1), []
+    draw, optimizer, taken = train.Rng(0, 0, 1, torch.device("cpu")), torch.optim.SGD(model.parameters(), 0.1), []
     for value in (1.0, float("nan"), 1.0):
         taken.append(train.update(args, ddp, model, optimizer, scaler, [(torch.tensor(value), draw)], 0)[2])
     assert taken == [True, False, True] and scaler.get_scale() == 512
@@ -497,7 +497,7 @@ def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
 
 def test_dropout_is_apart_from_the_noise_of_the_data():
     args = train.parse(["--device", "cpu"])
-    (_, draw), = train.draw_batches(args, lambda rows, draw: (), 64, 8, 3, 1)
+    (_, draw), = train.step_batches(args, lambda rows, draw: (), 64, 8, 3, 1)
     assert not torch.equal(torch.randn(8, 5), draw(torch.randn, 5))
 
 
@@ -639,7 +639,7 @@ def test_a_second_start_after_the_last_picture_draws_nothing_again(runs, tmp_pat
 
 def test_random_numbers_are_a_function_of_seed_image_and_stream():
     """The same in any batch; others for another seed, another image, and for X_c than for X_d."""
-    numbers = lambda *about: sample.draws(*about)(lambda g: g.random(4))
+    numbers = lambda *about: sample.image_rng(*about)(lambda g: g.random(4))
     batch = numbers(3, [5, 7], 0)
     assert torch.equal(batch[1], numbers(3, [7], 0)[0]) and torch.equal(batch, numbers(3, [5, 7], 0))
     assert len({tuple(numbers(seed, [i], stream)[0].tolist()) for seed in (3, 4) for i in (5, 6) for stream in (0, 1)}) == 8
