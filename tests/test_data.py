@@ -399,7 +399,7 @@ def test_what_cannot_be_read_is_one_line(error, reason):
 
 
 def test_only_what_differs_is_named():
-    """Entry by entry, also within dicts; lists and tuples are the same, and so are None and none."""
+    """Dicts within dicts are compared, too. A tuple equals a list, None equals a missing entry."""
     was = dict(seed=0, batch=32, config=dict(width=8, mult=[1, 2]), tokens=None, old=1)
     now = dict(seed=0, batch=64, config=dict(width=16, mult=(1, 2)), other=None)
     assert tokenizers.check_same("last.pt", was, dict(was)) is None
