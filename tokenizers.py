@@ -108,7 +108,10 @@ class AttnBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.norm = norm(groups, c)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):
         u = self.norm(x)
@@ -163,18 +166,24 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
     `attn` gives the decoder's first level attention; MaskBit has none anywhere."""
     widths = [width * k for k in mult]
     c = widths[-1]
-    mid_blocks, up_blocks = (blocks, blocks) if maskbit else (2, blocks + 1)
-    mid_attn, down_attn_at = (0, None) if maskbit else (1, len(mult) - 1)
+    if maskbit:
+        mid = partial(Level, c, c, blocks, groups, maskbit)
+        up_blocks = blocks
+        attn_down = None
+    else:
+        mid = partial(Level, c, c, 2, groups, maskbit, attn=1)
+        up_blocks = blocks + 1
+        attn_down = len(mult) - 1
     encoder = nn.Sequential(OrderedDict(
         conv_in=conv3(3, widths[0], bias=not maskbit),
-        down=levels(widths, blocks, groups, maskbit, 0.5, down_attn_at),
-        mid=Level(c, c, mid_blocks, groups, maskbit, mid_attn),
+        down=levels(widths, blocks, groups, maskbit, 0.5, attn_down),
+        mid=mid(),
         norm_out=norm(groups, c),
         silu=nn.SiLU(),
         conv_out=nn.Conv2d(c, c_out, 1) if maskbit else conv3(c, c_out)))
     decoder = nn.Sequential(OrderedDict(
         conv_in=conv3(c_in, c),
-        mid=Level(c, c, mid_blocks, groups, maskbit, mid_attn),
+        mid=mid(),
         up=levels(widths[::-1], up_blocks, groups, maskbit, 2, 0 if attn else None),
         norm_out=norm(groups, widths[0]),
         silu=nn.SiLU(),
@@ -521,10 +530,10 @@ def reading(path, what):
     try:
         yield
     except Exception as error:
-        words = str(error).split()
-        if isinstance(error, KeyError) or not words:
-            words.insert(0, type(error).__name__)
-        raise SystemExit(f"{path}: not a {what}: {' '.join(words)}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"missing {reason}"
+        raise SystemExit(f"{path}: not a {what}: {reason}") from None
 
 
 def differences(was, now):
