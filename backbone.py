@@ -56,8 +56,8 @@ PRESETS = {
 def attention(q, k, v, heads, p=0.0):
     """softmax(q k^T / sqrt(D / heads)) v in each head, with dropout p on the weights.
 
-    On a CPU it is written out, which is faster there than the fused kernel's backward pass, and in
-    bf16 than its forward pass.
+    On a CPU it is written out. The fused kernel is slower there in the backward pass, and in bf16
+    also in the forward pass.
 
     q: (B, L, D)
     k, v: (B, M, D)
@@ -142,7 +142,7 @@ class MAR(nn.Module):
     classes: number of classes
     D, depth, heads: width, blocks of the encoder (as many of the decoder), attention heads
     K: class tokens
-    head_depth, head_width: size of the diffusion head
+    head_depth, head_width, dropout: size of the diffusion head, dropout of the blocks
     guidance: one of GUIDANCES
     mix_at: "decoder" or "encoder", where Eq. (9)'s discrete tokens enter (dcmix only)
     """
@@ -200,7 +200,7 @@ class MAR(nn.Module):
         return self.z_proj_ln(x + self.encoder_pos_embed_learned)
 
     def embed_discrete(self, x_d):
-        """DC-SA's prefix or DC-CA's memory, at the positions of x_c.   (B, N, d_d) -> (B, N, D)"""
+        """DC-SA's prefix or DC-CA's memory, with x_c's positions.   (B, N, d_d) -> (B, N, D)"""
         discrete = self.discrete_emb(tokenizers.bits_to_codes(x_d))
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
@@ -210,6 +210,7 @@ class MAR(nn.Module):
         if self.mix_at == "encoder":
             masked = torch.zeros_like(masked)                        # all of x~ is visible
         count = masked.shape[1] - int(masked[0].sum())
+        # a stable sort puts the visible positions, 0, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]
 
     def run_blocks(self, blocks, x, discrete):
@@ -221,16 +222,17 @@ class MAR(nn.Module):
         return x
 
     def encode(self, x, discrete):
-        """The encoder over the visible tokens x (B, V, D).
+        """The encoder over the visible tokens x (B, V, D) -> (B, V, D), and `discrete`.
 
-        Returns (B, V, D), and the discrete tokens as the decoder needs them.
+        DC-SA's prefix goes through the encoder, too. DC-CA's memory comes back as it is.
         """
         if self.guidance == "dcsa":
             x = torch.cat([discrete, x], dim=1)                      # (B, N + V, D)
         x = self.run_blocks(self.encoder_blocks, x, discrete)
         x = self.decoder_embed(self.encoder_norm(x))
         if self.guidance == "dcsa":
-            return x[:, self.N:], x[:, :self.N]
+            discrete = x[:, :self.N]
+            x = x[:, self.N:]                                        # without the prefix
         return x, discrete
 
     def decode(self, x, discrete):
@@ -240,13 +242,13 @@ class MAR(nn.Module):
             discrete = discrete + self.decoder_pos_embed_learned[:, self.K:]
             x = torch.cat([discrete, x], dim=1)                      # (B, N + K + N, D)
         x = self.run_blocks(self.decoder_blocks, x, discrete)
-        x = self.decoder_norm(x)[:, -self.N:]
+        x = self.decoder_norm(x)[:, -self.N:]                        # without prefix and class
         return x + self.diffusion_pos_embed_learned
 
     def forward(self, x, x_d, m, y, drop):
         """z of Eq. (6), on which the diffusion head predicts each masked token.
 
-        x: (B, N, d_c), what `mix` returns; no other value at masked positions matters
+        x: (B, N, d_c), the output of `mix`; but for dcmix, its masked positions are never read
         x_d: (B, N, d_d) bits, for dcsa and dcca
         m: (B, N) bool, with the same count in every row
         y: (B,) int, the classes
@@ -255,17 +257,20 @@ class MAR(nn.Module):
         """
         if (m.sum(1) != m[0].sum()).any():
             raise ValueError("the mask must hide the same number of tokens in every row")
-        x = self.embed(x, y, drop)                                   # (B, K + N, D)
+        embedded = self.embed(x, y, drop)                            # (B, K + N, D)
         discrete = None
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
         visible = self.visible_positions(m)                          # (B, K + N - N')
-        seen, discrete = self.encode(gather(x, visible), discrete)
+        seen, discrete = self.encode(gather(embedded, visible), discrete)
+
+        # what the decoder gets at masked positions; at visible ones it gets `seen`
         if self.guidance == "dcmix":
-            x = self.decoder_embed(x)                                # Eq. (9)'s discrete token
+            full = self.decoder_embed(embedded)                      # Eq. (9)'s discrete token
         else:
-            x = self.mask_token.expand_as(x)                         # MAR's mask token
-        return self.decode(scatter(x, visible, seen), discrete)      # (B, N, D)
+            full = self.mask_token.expand_as(embedded)               # MAR's mask token
+        full = scatter(full, visible, seen)                          # (B, K + N, D)
+        return self.decode(full, discrete)                           # (B, N, D)
 
     @classmethod
     def from_official(cls, state):
@@ -479,7 +484,7 @@ def load_model(path, kind, weights="ema"):
 def check_equal(path, what, found, expected):
     """SystemExit if a number of the model at `path` is not that of the models it works with."""
     if found != expected:
-        raise SystemExit(f"{path}: {found} {what}, expected the {expected} of what it goes with")
+        raise SystemExit(f"{path} has {found} {what}; what it is used with has {expected}")
 
 
 # The paper's sizes

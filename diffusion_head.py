@@ -113,15 +113,14 @@ def denoising_loss(noise, eps):
 
 
 def model_distribution(x_t, eps, v, i, c, bound=None):
-    """The distribution p(x_{t-1} | x_t) that the head predicts, and the x_0 it stands for.   [MAR]
+    """The distribution p(x_{t-1} | x_t) that the head predicts.   [MAR]
 
-    At t = 999 an error of eps is multiplied by 20,000 in x_0. A head trained for minutes has
-    errors, so the small preset bounds x_0 [ours]. MAR does not.
-
-    x_t, eps, v: (..., C); v in [-1, 1] places the log variance between its two bounds
+    x_t, eps, v: (..., C); v of -1 and 1 stand for the bounds of the log variance
     i: int or (...) int, index of the process
-    bound: the largest |x_0|, or None
-    Returns the mean, the log variance and x_0, each (..., C).
+    c: the coefficients of the process
+    bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
+        in x_0. A head trained for minutes has errors, so the preset tiny has a bound [ours].
+    Returns its mean, its log variance, and the x_0 that eps stands for, each (..., C).
     """
     x_0 = at(c.recip, i) * x_t - at(c.recip_m1, i) * eps
     if bound is not None:
@@ -277,7 +276,7 @@ class DiffusionHead(nn.Module):
         noise: (R, M, C)
         Returns (R, M).
         """
-        c = coefficients(T, x.device)
+        c = coefficients(T, x.device)                                # of all T, i is t
         x_t = add_noise(x, noise, t, c)                              # (R, M, C)
         eps, v = self.net(x_t, t, z)
         return denoising_loss(noise, eps) + variational_term(x, x_t, eps, v, t, c)
@@ -295,6 +294,7 @@ class DiffusionHead(nn.Module):
         """
         c = coefficients(steps, z.device)
         x = noise[0]
+        # from the last index of the process, steps - 1, down to 0
         for i in reversed(range(steps)):
             if z_uncond is None:
                 eps, v = self.net(x, c.t[i], z)

@@ -39,15 +39,17 @@ def check_mask(m, *tokens):
 
 
 def mask_ratio(u, low=0.7):
-    """The mask ratio r of Eq. (8): quantile u of p(r), a normal (1, 0.25) cut to [low, 1].   [MAR]
+    """The mask ratio r of Eq. (8), by inverting the distribution function of p(r) at u.   [MAR]
 
-    The paper leaves p(r) open (section 3.1).
+    p(r) is a normal distribution of mean 1 and deviation 0.25, cut to [low, 1]. The paper leaves it
+    open (section 3.1). One r serves a whole batch, so that every image hides as many tokens.
 
     u: float in [0, 1]
     Returns a float in [low, 1].
     """
-    bottom = ndtr((low - 1) / 0.25)
-    return float(1 + 0.25 * ndtri(bottom + u * (0.5 - bottom)))
+    at_low = ndtr((low - 1) / 0.25)
+    at_one = 0.5
+    return float(1 + 0.25 * ndtri(at_low + u * (at_one - at_low)))
 
 
 def hide(order, count):

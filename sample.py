@@ -25,9 +25,10 @@ import mixing
 import tokenizers
 import train
 
-# The settings of a run's samples. No guidance is cfg = 1 in MixAR, eps_u + cfg (eps - eps_u), and
-# prior_cfg = 0 in the prior, l + prior_cfg (l - l_u). tiny [ours], chosen on validation pictures;
-# the others [MAR], with the prior's of the released 14-bit generator [MaskBit].
+# The settings of a run's samples. tiny [ours] was chosen on validation pictures. The others are
+# [MAR]'s, and for the prior those of the released 14-bit generator [MaskBit]. Guidance:
+#     MixAR  eps = eps_u + cfg (eps_c - eps_u)        cfg = 1 is no guidance
+#     prior  l = l_c + prior_cfg (l_c - l_u)          prior_cfg = 0 is no guidance
 TINY = dict(ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5,
             bound=5.0, prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)
 BASE = dict(ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0,
@@ -55,11 +56,14 @@ def prior_guidance(g, power, i, steps):
 
 
 def least_certain(score, known, r):
-    """Eq. (4): the codes that are hidden again after the share r of the steps.   [MaskBit]
+    """Eq. (4): which codes are hidden again when a share r of the steps is done.   [MaskBit]
+
+    They are the k codes of lowest score in each image. At least one is hidden and at least one is
+    kept, so that every step brings something new.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
-    Returns (B, N, S) bool, True for the k codes of lowest score in each image.
+    Returns (B, N, S) bool.
     """
     score = score.masked_fill(known, math.inf)
     ratio = math.acos(r) / (math.pi / 2)
@@ -84,7 +88,7 @@ def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
     e = prior.bits // prior.splits
     masked = 2 ** e                                                          # stands for "masked"
     codes = torch.full((len(y), prior.N, prior.splits), masked, device=y.device)
-    drop = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    no_class = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for i in range(steps):
         known = codes < masked
         x = tokenizers.codes_to_bits(codes, e)
@@ -92,7 +96,8 @@ def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
         if g == 0:
             logits = prior(x, y)                                             # (B, N, S, 2^e)
         else:
-            both = prior(torch.cat([x, x]), torch.cat([y, y]), torch.cat([drop, ~drop]))
+            drop = torch.cat([~no_class, no_class])
+            both = prior(torch.cat([x, x]), torch.cat([y, y]), drop)
             logits, without_class = both.chunk(2)
             logits = logits + g * (logits - without_class)
         chosen = torch.where(known, codes, choose(logits))
@@ -127,18 +132,19 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     """
     B, N = order.shape
     x_c = torch.zeros(B, N, model.d_c, device=order.device)
-    drop = torch.ones(B, dtype=torch.bool, device=order.device)
+    no_class = torch.ones(B, dtype=torch.bool, device=order.device)
     hidden = N
     for s in range(ar_steps):
         left = hidden_after(s, ar_steps, N, hidden)
+        # MAR takes the scale before it sets what the last step leaves to 0
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         if s == ar_steps - 1:
             left = 0
         m = mixing.hide(order, hidden)
         now = m & ~mixing.hide(order, left)                                  # this step's tokens
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
-        z = model(x, x_d, m, y, ~drop)[now]                                  # (rows, D)
-        z_uncond = model(x, x_d, m, y, drop)[now] if cfg != 1 else None
+        z = model(x, x_d, m, y, ~no_class)[now]                              # (rows, D)
+        z_uncond = model(x, x_d, m, y, no_class)[now] if cfg != 1 else None
         first_and_last = np.broadcast_to(diffusion_steps, 2)
         n = round(np.interp(s, (0, max(ar_steps - 1, 1)), first_and_last))
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
@@ -161,7 +167,7 @@ def truncate(x):
 def describe_run(args, shared, run, tokens, prior):
     """What a checkpoint of train.py says beside the model: all that `System` needs."""
     def place(kind, given):
-        """A file of the user's in full, one of ours as seen from the run."""
+        """The full path of a user's file, or the way from the run's folder to one of ours."""
         return os.path.abspath(given) if given else os.path.relpath(shared / kind, run)
 
     made_from = tokens.made_from
@@ -231,8 +237,8 @@ class System:
             return None
         part, _ = backbone.load_model(source, kind)
         found = tokenizers.fingerprint(part)
-        # another prior may be given, but no other tokenizer
-        if expected not in (None, found) and not (kind == "prior" and given):
+        may_differ = expected is None or (kind == "prior" and given)
+        if found != expected and not may_differ:
             raise SystemExit(f"{source}: {self.path} was trained with the {kind} {expected}, "
                              f"not with {found}")
         return part.to(self.device)
@@ -526,6 +532,8 @@ def open_run(args):
 def open_held_out(system, count):
     """The held-out pictures behind --truth. SystemExit if there are fewer than `count`."""
     data = system.meta["data"]
+    if data is None:
+        raise SystemExit("--truth needs a run; an official MAR names no data set")
     source = tokenizers.open_source(data, "test", system.size, count)
     if len(source.labels) < count or not source.held_out:
         raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures")
@@ -537,6 +545,8 @@ def main(argv=None):
     with train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
+        if out.suffix == ".gif" and args.truth:
+            raise SystemExit("--truth: a gif shows the prior's X_d; choose another --out")
         chosen = wanted_classes(args.classes, system.meta["classes"])
         # a column per class, where there are several
         columns = len(chosen) if len(chosen) > 1 else 10

@@ -47,7 +47,9 @@ def bits_to_codes(bits):
 
 def codes_to_bits(codes, e):
     """The e bits of each code as -1/+1, least significant first; the mask code 2^e gives zeros.
-    (B, N, S) int -> (B, N, S e) float   [MaskBit]"""
+
+    (B, N, S) int -> (B, N, S e) float   [MaskBit]
+    """
     powers = torch.arange(e, device=codes.device)
     codes = codes[..., None]
     bits = (codes >> powers & 1).float() * 2 - 1                     # (B, N, S, e)
@@ -65,9 +67,12 @@ def entropy(p):
 
 
 def quantiser_losses(z, codebook, all_mean=lambda q: q):
-    """Commitment loss, entropy per token and entropy of the mean of the tokens.   [MaskBit]
-    z (B, d_d, h, w) comes from the encoder, codebook (2^d_d, d_d) holds every code as bits, and
-    all_mean averages the use of the codes over the processes of a distributed run."""
+    """Commitment loss, mean entropy of a token, entropy of the mean token.   [MaskBit]
+
+    z: (B, d_d, h, w), the encoder's output
+    codebook: (2^d_d, d_d), every code as bits
+    all_mean: averages the use of the codes over the processes of a distributed run
+    """
     z = z.float()
     commitment = 0.25 * (quantise(z) - z).square().mean()
     # The division by 0.01 would magnify the rounding of bf16.
@@ -82,8 +87,11 @@ conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, beside a shortcut. Where the width changes, MaskBit's
-    shortcut projects the block's own OUTPUT and drops the input, as its released weights expect."""
+    """Norm, SiLU and convolution, twice, beside a shortcut.
+
+    Where the width changes, MaskBit's shortcut projects the block's own OUTPUT and drops the input,
+    as its released weights expect.
+    """
 
     def __init__(self, c_in, c, groups, maskbit):
         super().__init__()
@@ -161,9 +169,11 @@ def levels(widths, blocks, groups, maskbit, scale, attn_at):
 
 
 def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
-    """A tokenizer's encoder, to c_out channels, and decoder, from c_in channels. Level i of the
-    encoder has `blocks` blocks of width * mult[i] channels; all but the last halve the picture.
-    `attn` gives the decoder's first level attention; MaskBit has none anywhere."""
+    """A tokenizer's encoder, to c_out channels, and its decoder, from c_in channels.
+
+    Level i of the encoder has `blocks` blocks of width * mult[i] channels. All levels but the last
+    halve the picture. `attn` gives the decoder's first level attention; MaskBit has none anywhere.
+    """
     widths = [width * k for k in mult]
     c = widths[-1]
     if maskbit:
@@ -225,8 +235,11 @@ def read_official(state):
 
 
 class KLVAE(nn.Module):
-    """x_c = VAE(I) of Eq. (7), z = d_c channels. `attn` tells VA-VAE from KL-16. Officially norms
-    have 32 groups; at width 32 each would erase its channel's mean.   [VA-VAE] [MAR]"""
+    """x_c = VAE(I) of Eq. (7), of z = d_c channels. VA-VAE has `attn`, KL-16 has not.
+
+    groups: of every GroupNorm, 32 in the official models. At width 32 a group would be one channel,
+    and the norm would erase its mean.   [VA-VAE] [MAR]
+    """
 
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
@@ -326,13 +339,17 @@ def read_rgb(path):
 
 
 def choose(n, count):
-    """The numbers of `count` of n pictures, always the same ones; of all, in order, if None."""
-    return np.random.RandomState(0).permutation(n)[:count] if count else np.arange(n)
+    """`count` picture numbers out of n, at random but always the same; all in order if None."""
+    if count is None:
+        return np.arange(n)
+    return np.random.RandomState(0).permutation(n)[:count]
 
 
 class Folder:
-    """Class folders, DIR/class/picture; without them DIR is one class. The splits are DIR/train and
-    DIR/val (or DIR/test), if they are there."""
+    """Class folders, DIR/class/picture. Without class folders, DIR is one class.
+
+    The splits are DIR/train and DIR/val (or DIR/test), if they are there.
+    """
 
     # Mirror images are cached, too.   [MAR]
     mirror = True
@@ -414,7 +431,9 @@ class Idx:
 
 class Shapes:
     """The embedded set: ten classes of shapes; picture i is a function of (split, i).   [ours]
-    Colours, pose, background and stripes are continuous: they say more than the bits can keep."""
+
+    Colours, pose, background and stripes are continuous: they say more than the bits can keep.
+    """
 
     classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
     mirror = False
@@ -595,9 +614,12 @@ def fingerprint(module):
 
 @torch.no_grad()
 def encode(pictures, vae, vq, device, mirror):
-    """Eq. (7) for uint8 pictures (b, 3, H, W), and for their mirror images (F = 2, else 1): a dict
-    of moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and indices
-    (b, F, h, w), int32 codes of x_d."""
+    """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
+
+    F is 2 with mirror images, else 1.
+    Returns a dict: moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and
+    indices (b, F, h, w), int32 codes of x_d.
+    """
     x = torch.tensor(pictures).to(device).float() / 255
     views = [x, x.flip(3)] if mirror else [x]
     x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
@@ -608,9 +630,11 @@ def encode(pictures, vae, vq, device, mirror):
 
 
 def cache_tokens(folder, source, vae, vq, device, batch=None):
-    """Write moments.npy and indices.npy, see `encode`, labels.npy and meta.json into `folder`.
-    status.npy says 0 for a picture to do, 1 for done, 2 for unreadable, so that a killed run goes
-    on. SystemExit if the folder was made from other pictures or tokenizers."""
+    """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy; see `encode`.
+
+    status.npy says which pictures are done, so that a killed run goes on. meta.json holds the mean
+    and deviation of x_c. SystemExit if the folder was made from other pictures or tokenizers.
+    """
     made_from = source.made_from | dict(vae=fingerprint(vae), vq=fingerprint(vq))
     meta = read_json(folder / "meta.json")
     n = len(source.labels)
@@ -684,8 +708,10 @@ class Tokens:
         self.d_c = len(self.mean)
 
     def batch(self, pictures, rng):
-        """The tokens of `pictures`, (B,) numbers below n, or of their mirror images, at random: the
-        normalised posterior's mean and deviation (B, N, d_c), x_d (B, N, d_d), y (B,)."""
+        """The tokens of `pictures`, (B,) numbers below n, or of their mirror images, at random.
+
+        Returns the normalised posterior's mean and deviation (B, N, d_c), x_d (B, N, d_d), y (B,).
+        """
         rows = self.rows[pictures]
         view = (rng(torch.rand).cpu().numpy() * self.indices.shape[1]).astype(int)
         moments = torch.tensor(self.moments[rows, view]).float()     # (B, 2 d_c, h, w)

@@ -33,12 +33,14 @@ from tqdm import tqdm
 import backbone
 import mixing
 import tokenizers
+from diffusion_head import T
 
 LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
 EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SEED_DISTANCE = 10_000_019   # no two (seed, step) have the same random numbers below so many steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine. `draws` is R.                                                [ours]
@@ -49,8 +51,8 @@ TINY = dict(
                decay=0.045),
     mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
                decay=0.02, draws=1))
-# 400 epochs of ImageNet, 625 steps each. The other models come as files.      [MAR]
-LARGE = dict(mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False,
+# 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
+LARGE = dict(mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False,
                         betas=(0.9, 0.95), decay=0.02, draws=4))
 RECIPES = dict(tiny=TINY, base=LARGE, large=LARGE, huge=LARGE)
 
@@ -78,9 +80,11 @@ def mixar_loss(model, batch, rng, step, prior, args):
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
     # t and noise are drawn image by image, then laid out as the rows of z[m]
-    masked = int(m[0].sum())                                                 # N'
-    t = (rng(torch.rand, R, masked) * 1000).long().transpose(0, 1).flatten(1)        # (R, B N')
-    noise = rng(torch.randn, R, masked, d_c).transpose(0, 1).flatten(1, 2)   # (R, B N', d_c)
+    n_masked = int(m[0].sum())                                               # N'
+    t = (rng(torch.rand, R, n_masked) * T).long()                            # (B, R, N')
+    t = t.transpose(0, 1).flatten(1)                                         # (R, B N')
+    noise = rng(torch.randn, R, n_masked, d_c)                               # (B, R, N', d_c)
+    noise = noise.transpose(0, 1).flatten(1, 2)                              # (R, B N', d_c)
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
 
 
@@ -95,7 +99,9 @@ def training_mask(u_ratio, u_code):
 
 
 def masked_loss(logits, codes):
-    """Eq. (3), with label smoothing 0.1 and over all codes, not the hidden ones alone.   [MaskBit]
+    """Eq. (3): cross-entropy with label smoothing 0.1.   [MaskBit]
+
+    MaskBit takes the mean over all codes, where the paper has the sum over the hidden ones.
 
     logits: (B, N, S, 2^e)
     codes: (B, N, S) int
@@ -108,8 +114,9 @@ def prior_loss(model, batch, rng, step):
     _, _, x_d, y = batch
     codes = tokenizers.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))  # (B, N, S)
     hidden = training_mask(rng(torch.rand), rng(torch.rand, *codes.shape[1:]))
-    shown = torch.where(hidden, model.codes, codes)
-    x = tokenizers.codes_to_bits(shown, model.bits // model.splits)          # (B, N, bits)
+    e = model.bits // model.splits
+    shown = torch.where(hidden, 2 ** e, codes)                               # 2^e means "masked"
+    x = tokenizers.codes_to_bits(shown, e)                                   # (B, N, bits)
     drop = rng(torch.rand) < LABEL_DROP
     return masked_loss(model(x, y, drop), codes)
 
@@ -125,13 +132,13 @@ def vae_loss(model, batch, rng, step):
 
 
 def vq_loss(model, batch, rng, step):
-    """Squared error and MaskBit's quantiser losses, likewise.   [MaskBit] [ours]"""
+    """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
     x = batch[0]
     z = model.encode(x).float()
     y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight through
     codebook = model.quantize.codebook
-    commitment, per_sample, average = tokenizers.quantiser_losses(z, codebook, mean_over_ranks)
-    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
+    commitment, per_token, of_mean = tokenizers.quantiser_losses(z, codebook, mean_over_ranks)
+    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_token - of_mean)
 
 
 class Loss(nn.Module):
@@ -159,7 +166,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. The gradient flows through this process's own q."""
+    """The mean of q over the processes; its gradient is that of this process's own q."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -172,8 +179,8 @@ def parallel(module):
     return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
 
 
-def stop_at_signals():
-    """From now on a signal ends the program at once, with the exit code that shells expect."""
+def exit_on_signal():
+    """From now on Ctrl-C or SIGTERM ends the program at once, with the code that shells expect."""
     def stop(number, frame):
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
@@ -182,8 +189,8 @@ def stop_at_signals():
         signal.signal(number, stop)
 
 
-def note_signals():
-    """From now on a signal only adds its number to the list that this returns."""
+def remember_signals():
+    """From now on Ctrl-C or SIGTERM only adds its number to the list that this returns."""
     received = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
@@ -193,7 +200,7 @@ def note_signals():
 @contextmanager
 def process_group():
     """Inside, the processes that torchrun started are one group."""
-    stop_at_signals()
+    exit_on_signal()
     if "LOCAL_RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may draw pictures for hours while the others wait
@@ -217,10 +224,11 @@ def autocast(amp, device):
 
 
 class Rng:
-    """The random numbers of a step: a function of (seed, step), drawn for the global batch.
+    """The random numbers of a step: a function of (seed, step).
 
-    rng(f, *shape) gives f's numbers (rows, *shape) for this part of this process's rows.
-    rng.shared(f, *shape) gives the same numbers to all.
+    rng(f, *shape) draws f's numbers (B, *shape) for the global batch and returns those of the rows
+    that belong to this process, or to part `part` of its `parts` (--accumulate).
+    rng.shared(f, *shape) returns the same numbers to all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -230,8 +238,7 @@ class Rng:
         self.B = B
         self.device = device
         self.rows = slice(piece * B // pieces, (piece + 1) * B // pieces)
-        # a prime, so that two seeds share no step below it
-        self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)
+        self.generator = torch.Generator(device).manual_seed(seed * SEED_DISTANCE + step)
 
     def shared(self, f, *shape):
         return f(shape, generator=self.generator, device=self.device)
@@ -246,14 +253,17 @@ def data_order(seed, epoch, n):
 
 
 def step_batches(args, get_batch, n, B, step, parts):
-    """This process's share of a step's batch, in `parts` parts: [(batch, rng)].
+    """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
     Every epoch leaves out its last n mod B pictures. Dropout is seeded here, apart from `Rng`.
     """
     rank, ranks = world()
+    torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + step) * ranks + rank)
     epoch, k = divmod(step, max(n // B, 1))
-    torch.manual_seed(2 ** 31 + (args.seed * 10_000_019 + step) * ranks + rank)
-    pictures = np.resize(data_order(args.seed, epoch, n), max(n, B))[k * B:(k + 1) * B]
+    order = data_order(args.seed, epoch, n)
+    if n < B:
+        order = np.resize(order, B)                                          # pictures repeat
+    pictures = order[k * B:(k + 1) * B]
     batches = []
     for part in range(parts):
         rng = Rng(args.seed, step, B, torch.device(args.device), part, parts)
@@ -290,9 +300,9 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
 
 
 class State:
-    """What last.pt holds: model, moving average and optimiser after `step` steps.
+    """A model in training: weights, moving average and optimiser after `step` steps.
 
-    before: the steps of the run that this one was started from with --init
+    before: the steps of the run that this one was started from with --init, "ema_start" in files
     """
 
     def __init__(self, args, kind, folder, config, meta, init):
@@ -333,6 +343,7 @@ class State:
         return lr
 
     def save(self):
+        """Write last.pt, which holds these keys and those of `about`."""
         saved = self.about | dict(
             step=self.step, ema_start=self.before, model=self.model.state_dict(),
             ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
@@ -392,6 +403,7 @@ def update(args, ddp, model, optimizer, batches, step, stop=False):
         total += loss.detach()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
     asked = torch.tensor(float(stop), device=device)
+    # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
         optimizer.step()
@@ -405,28 +417,28 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
     preview: preview(ema) makes pictures of what is saved
     meta: what a checkpoint says beside the model, for sample.py
     """
-    rank, ranks = world()
+    rank, _ = world()
     recipe = args.recipe[kind]
     B = recipe["batch"]
     steps = recipe["steps"]
     # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
-    if B % (ranks * parts):
-        raise SystemExit(f"--batch-size {B} is no multiple of {ranks} processes x {parts} parts")
     state = State(args, kind, folder, config, meta, init)
     ddp = parallel(Loss(state.model.train(), loss))
     log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
-    received = note_signals()
+    # a signal during a step is acted on after it, by all processes together; see `update`
+    received = remember_signals()
     failed = 0
     while state.step < steps:
-        now = state.before + state.step
-        lr = state.set_rate(recipe, now)
-        batches = step_batches(args, get_batch, n, B, now, parts)
+        # with --init rate, data and average go on, whereas lambda starts again
+        total_step = state.before + state.step
+        lr = state.set_rate(recipe, total_step)
+        batches = step_batches(args, get_batch, n, B, total_step, parts)
         value, norm, stopping = update(
             args, ddp, state.model, state.optimizer, batches, state.step, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
-            update_ema(state.ema, state.model, now)
+            update_ema(state.ema, state.model, total_step)
         elif failed == 5:
             raise SystemExit(f"{kind}: the loss was not finite in 5 steps running, at step "
                              f"{state.step}; lower --lr and start again from {state.path}")
@@ -441,8 +453,9 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
                 preview(state.ema.eval())
         if stopping:
             print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
-            raise SystemExit(128 + (received or [signal.SIGTERM])[0])
-    stop_at_signals()
+            number = received[0] if received else signal.SIGTERM             # another's signal
+            raise SystemExit(128 + number)
+    exit_on_signal()
     if rank == 0:
         log.bar.close()
     if rank == 0 and preview:
@@ -498,6 +511,7 @@ def train_mixar(args, shared, run, tokens):
     meta = sample.describe_run(args, shared, run, tokens, prior)
     loss = partial(mixar_loss, prior=prior.to(args.device), args=args)
 
+    # it reads what `fit` has just saved
     def preview(ema):
         sample.save_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
 
@@ -508,7 +522,7 @@ def train_mixar(args, shared, run, tokens):
 
 
 def done(folder, kind, steps):
-    """Whether a stage has made its steps: those asked for, else those it was begun for."""
+    """Whether folder/last.pt has made `steps` steps; if None, as many as its own recipe says."""
     if not (folder / "last.pt").is_file():
         return False
     saved = backbone.load_checkpoint(folder, kind)
@@ -520,6 +534,11 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    pieces = world()[1] * args.accumulate
+    for kind, recipe in args.recipe.items():
+        if recipe["batch"] % pieces:
+            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
+                             f"{pieces}, the processes times --accumulate")
     # what a flag names is opened before anything is trained
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
@@ -535,9 +554,10 @@ def train_stages(args):
         train_tokenizer(args, shared, "vq", source)
     if args.stage == "vq":
         return
+    vq_file = args.vq or shared / "vq"
     vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
-    vq, _ = backbone.load_model(args.vq or shared / "vq", "vq")
-    backbone.check_equal(args.vq, "levels", len(vq.encoder.down), len(vae.encoder.down))
+    vq, _ = backbone.load_model(vq_file, "vq")
+    backbone.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
     if world()[0] == 0:
         vae.to(args.device)
         vq.to(args.device)
