@@ -96,7 +96,7 @@ def test_plain_mar_samples_no_discrete_tokens(runs, tmp_path, monkeypatch):
 # held-out X_d
 
 def test_truth_takes_x_d_and_class_of_held_out_pictures(runs, tmp_path, monkeypatch):
-    """--truth: image i has the codes of held-out picture i, and its class; the prior is not used."""
+    """--truth: image i has codes and class of held-out picture i. The prior is not used."""
     given = {}
     shipped = sample.System.sample_continuous
 
