@@ -201,8 +201,6 @@ class MAR(nn.Module):
 
     def embed_discrete(self, x_d):
         """DC-SA's prefix or DC-CA's memory, at the positions of x_c.   (B, N, d_d) -> (B, N, D)"""
-        if self.guidance not in ("dcsa", "dcca"):
-            return None
         discrete = self.discrete_emb(tokenizers.bits_to_codes(x_d))
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
@@ -258,7 +256,9 @@ class MAR(nn.Module):
         if (m.sum(1) != m[0].sum()).any():
             raise ValueError("the mask must hide the same number of tokens in every row")
         x = self.embed(x, y, drop)                                   # (B, K + N, D)
-        discrete = self.embed_discrete(x_d)                          # (B, N, D) or None
+        discrete = None
+        if self.guidance in ("dcsa", "dcca"):
+            discrete = self.embed_discrete(x_d)                      # (B, N, D)
         visible = self.visible_positions(m)                          # (B, K + N - N')
         seen, discrete = self.encode(gather(x, visible), discrete)
         if self.guidance == "dcmix":
@@ -305,13 +305,40 @@ class MultiHead(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * D))
         self.out_proj = nn.Linear(D, D)
         self.heads = heads
-        self.dropout = nn.Dropout(p)
+        self.p = p
 
     def forward(self, x):
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.chunk(3, dim=-1)
-        p = self.dropout.p if self.training else 0.0
-        return self.dropout(self.out_proj(attention(q, k, v, self.heads, p)))
+        p = self.p if self.training else 0.0
+        return self.out_proj(attention(q, k, v, self.heads, p))
+
+
+class PriorAttention(nn.Module):
+    def __init__(self, D, heads, p, prenorm):
+        super().__init__()
+        self.mha = MultiHead(D, heads, p)
+        self.norm = nn.LayerNorm(D, eps=1e-12)
+        self.dropout = nn.Dropout(p)
+        self.prenorm = prenorm
+
+    def forward(self, x):
+        if self.prenorm:
+            return x + self.dropout(self.mha(self.norm(x)))
+        return self.norm(x + self.dropout(self.mha(x)))
+
+
+class PriorFeedForward(nn.Module):
+    def __init__(self, D, mlp, p, prenorm):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, mlp), nn.GELU(), nn.Linear(mlp, D), nn.Dropout(p))
+        self.norm = nn.LayerNorm(D, eps=1e-12)
+        self.prenorm = prenorm
+
+    def forward(self, x):
+        if self.prenorm:
+            return x + self.net(self.norm(x))
+        return self.norm(x + self.net(x))
 
 
 class MaskBitPrior(nn.Module):
@@ -330,7 +357,6 @@ class MaskBitPrior(nn.Module):
         self.N = N
         self.bits = bits
         self.splits = splits
-        self.prenorm = prenorm
         self.classes = classes
         self.codes = 2 ** (bits // splits)                           # of a group
         self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
@@ -342,12 +368,8 @@ class MaskBitPrior(nn.Module):
         self.transformer = nn.Module()
         self.transformer.layers = nn.ModuleList()
         for _ in range(depth):
-            attend = nn.ModuleDict(OrderedDict(
-                mha=MultiHead(D, heads, dropout), norm=nn.LayerNorm(D, eps=1e-12)))
-            feed_forward = nn.ModuleDict(OrderedDict(
-                net=nn.Sequential(nn.Linear(D, mlp), nn.GELU(), nn.Linear(mlp, D),
-                                  nn.Dropout(dropout)),
-                norm=nn.LayerNorm(D, eps=1e-12)))
+            attend = PriorAttention(D, heads, dropout, prenorm)
+            feed_forward = PriorFeedForward(D, mlp, dropout, prenorm)
             self.transformer.layers.append(nn.ModuleList([attend, feed_forward]))
         self.norm_after_transformer = nn.LayerNorm(D, eps=1e-12) if prenorm else None
         self.last_layer = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12))
@@ -358,12 +380,6 @@ class MaskBitPrior(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_emb, std=0.02)
-
-    def sublayer(self, x, f, norm):
-        """f beside a shortcut, with the norm before f or after the sum."""
-        if self.prenorm:
-            return x + f(norm(x))
-        return norm(x + f(x))
 
     def forward(self, x, y, drop=None):
         """The logits (B, N, S, 2^e) float32 of the S groups of e bits of every token.
@@ -377,8 +393,7 @@ class MaskBitPrior(nn.Module):
         x = torch.cat([self.input_proj(x), self.class_emb(y)[:, None]], dim=1)
         x = self.first_layer(x + self.pos_emb)                       # (B, N + 1, D)
         for attend, feed_forward in self.transformer.layers:
-            x = self.sublayer(x, attend["mha"], attend["norm"])
-            x = self.sublayer(x, feed_forward["net"], feed_forward["norm"])
+            x = feed_forward(attend(x))
         if self.norm_after_transformer is not None:
             x = self.norm_after_transformer(x)
         logits = self.prediction_layer(self.last_layer(x))[:, :-1]   # (B, N, S 2^e)

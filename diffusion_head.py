@@ -187,7 +187,7 @@ def zero_linear(d_in, d_out):
 
 
 class TimeEmbed(nn.Module):
-    """t (...) int, on the scale 0 .. 999 -> (..., W): 128 cosines and 128 sines, then two layers."""
+    """t (...) int in 0 .. 999 -> (..., W): 128 cosines and 128 sines, then two layers."""
 
     def __init__(self, W):
         super().__init__()

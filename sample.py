@@ -37,9 +37,16 @@ SAMPLING = dict(tiny=TINY, base=BASE, large=BASE | dict(cfg=3.0), huge=BASE | di
 
 def image_rng(seed, indices, stream, device="cpu"):
     """rng(f) stacks f(generator) of every image; a generator is a function of (seed, i, stream)."""
-    keys = [[seed, 2 * int(i) + stream] for i in indices]
-    generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
-    return lambda f: torch.tensor(np.stack([f(g) for g in generators])).to(device)
+    generators = []
+    for i in indices:
+        philox = np.random.Philox(key=[seed, 2 * int(i) + stream])
+        generators.append(np.random.Generator(philox))
+
+    def rng(f):
+        drawn = [f(generator) for generator in generators]
+        return torch.tensor(np.stack(drawn)).to(device)
+
+    return rng
 
 
 def prior_guidance(g, power, i, steps):
@@ -55,10 +62,13 @@ def least_certain(score, known, r):
     Returns (B, N, S) bool, True for the k codes of lowest score in each image.
     """
     score = score.masked_fill(known, math.inf)
-    ratio = min(max(math.acos(r) / (math.pi / 2), 1e-6), 1)
+    ratio = math.acos(r) / (math.pi / 2)
+    ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
     k = min(k, int((~known[0]).sum()) - 1)
-    return score <= score.flatten(1).sort(dim=1).values[:, k - 1, None, None]
+    ascending, _ = score.flatten(1).sort(dim=1)
+    threshold = ascending[:, k - 1]                                          # (B,)
+    return score <= threshold[:, None, None]
 
 
 @torch.no_grad()
@@ -88,14 +98,16 @@ def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
         chosen = torch.where(known, codes, choose(logits))
         r = (i + 1) / steps
         log_p = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
-        hidden = least_certain(log_p + gumbel() * temperature * (1 - r), known, r)
+        score = log_p + gumbel() * temperature * (1 - r)
+        hidden = least_certain(score, known, r)
         codes = torch.where(hidden, masked, chosen)
     return tokenizers.codes_to_bits(chosen, e)
 
 
 def hidden_after(s, steps, N, hidden):
     """Eq. (6): how many of N tokens stay hidden after AR step s, of `hidden` before it.   [MAR]"""
-    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))))
+    left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
+    return max(1, min(hidden - 1, left))
 
 
 @torch.no_grad()
@@ -127,8 +139,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
         z = model(x, x_d, m, y, ~drop)[now]                                  # (rows, D)
         z_uncond = model(x, x_d, m, y, drop)[now] if cfg != 1 else None
-        ends = np.broadcast_to(diffusion_steps, 2)
-        n = round(np.interp(s, (0, max(ar_steps - 1, 1)), ends))
+        first_and_last = np.broadcast_to(diffusion_steps, 2)
+        n = round(np.interp(s, (0, max(ar_steps - 1, 1)), first_and_last))
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
         hidden = left
         if on_step:
@@ -165,11 +177,13 @@ def describe_run(args, shared, run, tokens, prior):
 
 def describe_official(model):
     """The same for an official MAR, whose latents are KL-16's times 0.2325.   [MAR]"""
-    classes, D = model.class_emb.weight.shape
+    n, D = model.class_emb.weight.shape
     preset = {768: "base", 1280: "huge"}.get(D, "large")
-    return dict(data=None, classes=[str(k) for k in range(classes)], sampling=SAMPLING[preset],
-                latent_mean=[0.0] * model.d_c, latent_std=[1 / 0.2325] * model.d_c,
-                shared=".", files={})
+    classes = [str(k) for k in range(n)]
+    mean = [0.0] * model.d_c
+    std = [1 / 0.2325] * model.d_c
+    return dict(data=None, classes=classes, sampling=SAMPLING[preset], latent_mean=mean,
+                latent_std=std, shared=".", files={})
 
 
 class System:
@@ -199,9 +213,10 @@ class System:
         self.prior = self.load_part("prior", prior)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
-        self.size = math.isqrt(model.N) * 2 ** (len(self.vae.encoder.down) - 1)      # in pixels
-        channels = self.vae.post_quant_conv.in_channels
-        backbone.check_equal(run, "channels", model.d_c, channels)
+        stride = 2 ** (len(self.vae.encoder.down) - 1)
+        self.size = math.isqrt(model.N) * stride                             # in pixels
+        d_c = self.vae.post_quant_conv.in_channels
+        backbone.check_equal(run, "channels", model.d_c, d_c)
         if self.prior and self.vq:
             bits = self.vq.quantize.codebook.shape[1]
             classes = len(self.meta["classes"])
@@ -260,13 +275,15 @@ class System:
 
     def in_pieces(self, f, x):
         """f(x), half a million pixels at a time: 64 pictures of 256 x 256 at once take 24 GB."""
-        return torch.cat([f(piece) for piece in x.split(max(2 ** 19 // self.size ** 2, 1))])
+        pictures = max(2 ** 19 // self.size ** 2, 1)
+        return torch.cat([f(piece) for piece in x.split(pictures)])
 
     @torch.no_grad()
     def encode_discrete(self, pictures):
         """uint8 (B, 3, H, W) -> bits (B, N, d_d)"""
         x = torch.as_tensor(pictures).to(self.device).float() / 255
-        return tokenizers.quantise(self.in_pieces(self.vq.encode, x)).flatten(2).transpose(1, 2)
+        bits = tokenizers.quantise(self.in_pieces(self.vq.encode, x))        # (B, d_d, h, w)
+        return bits.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode_discrete(self, x_d):
@@ -276,7 +293,8 @@ class System:
     @torch.no_grad()
     def decode_continuous(self, x_c):
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)"""
-        return to_bytes(self.in_pieces(self.vae.decode, self.grid(x_c * self.std + self.mean)))
+        x_c = x_c * self.std + self.mean
+        return to_bytes(self.in_pieces(self.vae.decode, self.grid(x_c)))
 
     def sample(self, seed, indices, y, decode="continuous", x_d=None):
         """The images `indices` with the classes y (B,) -> uint8 (B, 3, H, W).
@@ -291,7 +309,8 @@ class System:
             self.prior_seconds += time.time() - start
         if decode == "discrete":
             return self.decode_discrete(x_d)
-        return self.decode_continuous(self.sample_continuous(seed, indices, y, x_d))
+        x_c = self.sample_continuous(seed, indices, y, x_d)
+        return self.decode_continuous(x_c)
 
 
 def tile(images, columns):
@@ -321,7 +340,8 @@ def save_named_grid(images, path, columns, rows):
         x = 90 + (k + 0.5) * grid.width / len(columns)
         draw.text((x, 10), name[:10], "black", anchor="mm")
     for k, name in enumerate(rows):
-        draw.text((6, 20 + (k + 0.5) * grid.height / len(rows)), name, "black", anchor="lm")
+        y = 20 + (k + 0.5) * grid.height / len(rows)
+        draw.text((6, y), name, "black", anchor="lm")
     save_png(page, path)
 
 
@@ -342,7 +362,8 @@ def save_figures(system, folder, seed):
     classes = system.meta["classes"][:10]
     rows = 8
     indices = np.arange(rows * len(classes))
-    y = torch.tensor(indices % len(classes), device=system.device)
+    labels = indices % len(classes)
+    y = torch.tensor(labels, device=system.device)
     x_d = system.sample_discrete(seed, indices, y)
     mixed = system.decode_continuous(system.sample_continuous(seed, indices, y, x_d))
     save_named_grid(mixed, Path(folder) / "samples.png", classes, [""] * rows)
@@ -364,7 +385,8 @@ def save_gif(path, system, y, seed, columns):
     for m in masks:
         masked = system.grid(m[..., None].float())                           # (B, 1, h, w)
         masked = torch.nn.functional.interpolate(masked, discrete.shape[2:]) > 0
-        frames.append(double(tile(torch.where(masked, discrete, continuous), columns)))
+        mixed = torch.where(masked, discrete, continuous)
+        frames.append(double(tile(mixed, columns)))
     times = [300] * (len(frames) - 1) + [2000]                               # milliseconds
     tokenizers.write_whole(path, lambda file: frames[0].save(
         file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0))
@@ -408,12 +430,14 @@ def sample_folder(system, folder, labels, args, held_out=None):
         start = time.time()
         x_d = None
         if held_out:
-            x_d = system.encode_discrete(np.stack([held_out.read(i) for i in indices]))
+            truth = np.stack([held_out.read(i) for i in indices])
+            x_d = system.encode_discrete(truth)
         y = torch.tensor(labels[indices], device=system.device)
-        pictures = system.sample(args.seed, indices, y, args.decode, x_d).cpu()
+        pictures = system.sample(args.seed, indices, y, args.decode, x_d)
         seconds += time.time() - start
         for i, picture in zip(indices, pictures):
-            save_png(tile(picture[None], 1), png(folder, i))
+            image = tile(picture[None], 1)
+            save_png(image, png(folder, i))
     if missing and rank == 0:
         s = system.settings
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "
@@ -514,7 +538,9 @@ def main(argv=None):
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
         chosen = wanted_classes(args.classes, system.meta["classes"])
-        columns = min(len(chosen) if len(chosen) > 1 else 10, 10, args.count)
+        # a column per class, where there are several
+        columns = len(chosen) if len(chosen) > 1 else 10
+        columns = min(columns, 10, args.count)
         labels = np.resize(chosen, args.count)                               # in turn
         held_out = open_held_out(system, args.count) if args.truth else None
         if held_out:

@@ -166,16 +166,32 @@ def mean_over_ranks(q):
     return q + (total / dist.get_world_size() - q).detach()
 
 
-def stop(number, frame):
-    """The handler of signals: end with the exit code that shells expect."""
-    raise SystemExit(128 + number)
+def parallel(module):
+    """The module in DistributedDataParallel, where there are several processes."""
+    return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
+
+
+def stop_at_signals():
+    """From now on a signal ends the program at once, with the exit code that shells expect."""
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+
+
+def note_signals():
+    """From now on a signal only adds its number to the list that this returns."""
+    received = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
 
 
 @contextmanager
 def process_group():
     """Inside, the processes that torchrun started are one group."""
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    stop_at_signals()
     if "LOCAL_RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may draw pictures for hours while the others wait
@@ -307,6 +323,12 @@ class State:
             self.optimizer.load_state_dict(saved["optimizer"])
         return saved
 
+    def set_rate(self, recipe, step):
+        lr = learning_rate(recipe, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
     def save(self):
         saved = self.about | dict(
             step=self.step, ema_start=self.before, model=self.model.state_dict(),
@@ -377,40 +399,34 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
     """Train the model of this kind and config to the end of its recipe, from folder/last.pt on.
 
     n, get_batch: number of pictures; get_batch(pictures, rng) gives the tensors of a batch
-    preview, meta: preview(ema) makes pictures; meta is what a checkpoint says, for sample.py
+    preview: preview(ema) makes pictures of what is saved
+    meta: what a checkpoint says beside the model, for sample.py
     """
     rank, ranks = world()
     recipe = args.recipe[kind]
     B = recipe["batch"]
     steps = recipe["steps"]
-    # the entropy in vq's loss is one of the whole batch, so vq takes it in one part
+    # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
     if B % (ranks * parts):
-        raise SystemExit(f"--batch-size {B} is no multiple of {ranks} processes times "
-                         f"--accumulate {parts}")
+        raise SystemExit(f"--batch-size {B} is no multiple of {ranks} processes x {parts} parts")
     state = State(args, kind, folder, config, meta, init)
-    ddp = Loss(state.model.train(), loss)
-    if ranks > 1:
-        ddp = nn.parallel.DistributedDataParallel(ddp)
+    ddp = parallel(Loss(state.model.train(), loss))
     log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
-    received = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: received.append(number))
+    received = note_signals()
     failed = 0
     while state.step < steps:
         now = state.before + state.step
-        lr = learning_rate(recipe, now)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        lr = state.set_rate(recipe, now)
         batches = step_batches(args, get_batch, n, B, now, parts)
-        value, norm, stopping = update(args, ddp, state.model, state.optimizer, batches,
-                                       state.step, stop=len(received) > 0)
+        value, norm, stopping = update(
+            args, ddp, state.model, state.optimizer, batches, state.step, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
             update_ema(state.ema, state.model, now)
         elif failed == 5:
             raise SystemExit(f"{kind}: the loss was not finite in 5 steps running, at step "
-                             f"{state.step}. Lower --lr and start again from {state.path}")
+                             f"{state.step}; lower --lr and start again from {state.path}")
         state.step += 1
         last = state.step == steps
         picture = preview and args.sample_every and state.step % args.sample_every == 0
@@ -423,12 +439,11 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
         if stopping:
             print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
             raise SystemExit(128 + (received or [signal.SIGTERM])[0])
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    stop_at_signals()
     if rank == 0:
         log.bar.close()
-        if preview:
-            preview(state.ema.eval())
+    if rank == 0 and preview:
+        preview(state.ema.eval())
     barrier()
 
 
@@ -502,6 +517,11 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    # what a flag names is opened before anything is trained
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in given.items():
+        if file:
+            backbone.load_checkpoint(file, kind)
     size = backbone.PRESETS[args.preset]["size"]
     source = tokenizers.open_source(args.data, "train", size, args.images)
     if not args.vae and not done(shared / "vae", "vae", args.vae_steps):
@@ -586,15 +606,10 @@ def parse(argv=None):
 
 
 def settle(args):
-    """Open the given files, refuse contradictions and add `recipe`, the stages' recipes."""
+    """Refuse flags that contradict each other, and add `recipe`, the recipes of the stages."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
-    for kind, file in (("vae", args.vae), ("vq", args.vq), ("prior", args.prior)):
-        if file:
-            backbone.load_checkpoint(file, kind)
-        elif kind not in args.recipe:
-            raise SystemExit(f"--preset {args.preset} trains MixAR alone; give --{kind} FILE")
-    if args.init:
-        backbone.load_checkpoint(args.init, "mixar")
+    if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
+        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
