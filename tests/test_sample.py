@@ -5,6 +5,7 @@ The models are hardly trained. Only the machinery counts. test_backbone.py tests
 import os
 import shutil
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,13 @@ def test_truth_decoded_is_what_the_bit_tokenizer_keeps_of_the_pictures(runs, tmp
         assert abs(read_png(tmp_path / "s", i) - expected).max() <= 1
 
 
+def test_truth_counts_for_a_gif(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "sample_prior", None)
+    out = tmp_path / "s.gif"
+    sample.main(sampling(runs / "shapes-dcmix", out, "--truth", "--count", 2))
+    assert Image.open(out).n_frames == 3
+
+
 @pytest.mark.parametrize("part, count", [("val", 3), ("train", 2)])
 def test_more_pictures_than_are_held_out_is_one_line(runs, tmp_path, part, count):
     """Two pictures are held out, or none."""
@@ -147,26 +155,15 @@ def test_more_pictures_than_are_held_out_is_one_line(runs, tmp_path, part, count
 
 # several processes, stopped programs
 
-def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path):
-    run = runs / "shapes-dcmix"
-    flags = ["--count", 6, "--ar-steps", 4, "--diffusion-steps", 5, "--seed", 3]
-    sample.main(sampling(run, tmp_path / "a", *flags, "--batch-size", 6))
-    sample.main(sampling(run, tmp_path / "b", *flags, "--batch-size", 1))
-    words = sampling(run, tmp_path / "c", *flags, "--batch-size", 2)
-    code, out, err = running.run("sample.py", *words, processes=2)
-    assert code == 0, err
-    assert "on each of 2 process(es)" in out
-    for i in range(6):
-        image = read_png(tmp_path / "a", i)
-        assert abs(image - read_png(tmp_path / "b", i)).max() <= 1
-        assert abs(image - read_png(tmp_path / "c", i)).max() <= 1
-    assert abs(read_png(tmp_path / "a", 0) - read_png(tmp_path / "a", 1)).max() > 1
+SIX = ["--count", 6, "--ar-steps", 4, "--diffusion-steps", 5, "--seed", 3]
 
 
-def sample_late(rank, folder, run):
-    """Two processes: the first writes its settings late, the second its pictures.
+def start_three_times(rank, folder, run):
+    """One of two processes that start sample.py three times.
 
-    Then both start again where all pictures are there.
+    six: without delays
+    late.png: the first process writes the settings late, the second one its pictures
+    second.png: all pictures are there
     """
     torch.set_num_threads(1)
     shipped_write = tokenizers.write_whole
@@ -183,34 +180,62 @@ def sample_late(rank, folder, run):
         time.sleep(2 * rank)
         return shipped_sample(*given)
 
-    def start(name):
+    def start(name, *flags):
         group = f"file://{folder / name}.group"
         dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
-        sample.main(sampling(run, folder / name, "--count", 4))
+        with (folder / f"{name}.{rank}.txt").open("w") as file, redirect_stdout(file):
+            sample.main(sampling(run, folder / name, *flags))
 
+    start("six", *SIX, "--batch-size", 2)
     tokenizers.write_whole = write_late
     sample.System.sample = sample_late
-    start("late.png")
+    start("late.png", "--count", 4)
     tokenizers.write_whole = shipped_write
     sample.System.sample = None
-    start("second.png")
+    start("second.png", "--count", 4)
 
 
-def test_processes_wait_for_each_other_and_sample_nothing_twice(runs, tmp_path):
+@pytest.fixture(scope="module")
+def sampled_by_two(runs, tmp_path_factory):
+    """The folder of what two processes make; see start_three_times."""
+    folder = tmp_path_factory.mktemp("two")
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, folder / "second.png.parts", "--count", 4))
+    torch.multiprocessing.spawn(start_three_times, (folder, run), nprocs=2)
+    return folder
+
+
+def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path, sampled_by_two):
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "a", *SIX, "--batch-size", 6))
+    sample.main(sampling(run, tmp_path / "b", *SIX, "--batch-size", 1))
+    for i in range(6):
+        image = read_png(tmp_path / "a", i)
+        assert abs(image - read_png(tmp_path / "b", i)).max() <= 1
+        assert abs(image - read_png(sampled_by_two / "six", i)).max() <= 1
+    assert abs(read_png(tmp_path / "a", 0) - read_png(tmp_path / "a", 1)).max() > 1
+
+
+def test_one_of_two_processes_tells_the_time(sampled_by_two):
+    first, second = ((sampled_by_two / f"six.{rank}.txt").read_text() for rank in (0, 1))
+    assert "s/image on each of 2 process(es)" in first and str(sampled_by_two / "six") in first
+    assert second == ""
+
+
+@pytest.mark.parametrize("name", ["late.png", "second.png"])
+def test_processes_wait_for_each_other_and_sample_nothing_twice(sampled_by_two, name):
     """No picture before the note that says how it was made; no grid before the last picture.
 
     A second start that finds all pictures of a stopped program samples nothing: it makes the grid
     of them, and the folder of parts is gone.
     """
-    run = runs / "shapes-dcmix"
-    sample.main(sampling(run, tmp_path / "second.png.parts", "--count", 4))
-    torch.multiprocessing.spawn(sample_late, (tmp_path, run), nprocs=2)
-    for name in ("late.png", "second.png"):
-        assert (tmp_path / name).is_file()
-        assert not (tmp_path / f"{name}.parts").exists()
-    late = np.asarray(Image.open(tmp_path / "late.png")).astype(int)
-    second = np.asarray(Image.open(tmp_path / "second.png")).astype(int)
+    assert (sampled_by_two / name).is_file()
+    assert not (sampled_by_two / f"{name}.parts").exists()
+    late = np.asarray(Image.open(sampled_by_two / "late.png")).astype(int)
+    second = np.asarray(Image.open(sampled_by_two / "second.png")).astype(int)
     assert abs(late - second).max() <= 1
+    said = (sampled_by_two / f"{name}.0.txt").read_text()
+    assert ("s/image" in said) == (name == "late.png")
 
 
 def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):

@@ -294,6 +294,15 @@ def test_ctrl_c_saves_and_the_run_goes_on(runs, tmp_path, monkeypatch, capsys, n
         assert same_weights(weights(out, key), weights(tmp_path / "whole", key))
 
 
+def test_ctrl_c_in_the_last_step_ends_the_program(runs, tmp_path, monkeypatch, no_pictures):
+    out = tmp_path / "run"
+    interrupt_after_first_step(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        train.main(mixar(runs, out, "--steps", 1))
+    assert end.value.code == 128 + signal.SIGINT
+    assert weights(out, "step") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch, number):
     monkeypatch.setattr(backbone, "load_model", lambda *given: os.kill(os.getpid(), number))
@@ -440,7 +449,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_one_line(runs, tmp_path):
-    with pytest.raises(SystemExit, match="8 is no multiple of 1 processes times --accumulate 3"):
+    with pytest.raises(SystemExit, match="8 is no multiple of 1 processes x 3 parts"):
         train.main(mixar(runs, tmp_path / "run", "--steps", 1, "--accumulate", 3))
 
 
@@ -645,18 +654,14 @@ def test_a_run_knows_the_statistics_of_its_latents(runs):
 
 # recipes
 
-@pytest.fixture
-def files(tmp_path):
-    """The flags that the larger presets need, with files that hold nothing yet."""
-    torch.save({}, tmp_path / "empty.pt")
-    path = str(tmp_path / "empty.pt")
-    return ["--vae", path, "--vq", path, "--prior", path]
+# the larger presets need these flags, whose files are opened later
+FILES = ["--vae", "vae.pt", "--vq", "vq.pt", "--prior", "prior.pt"]
 
 
 @pytest.mark.parametrize("preset", ["base", "large", "huge"])
-def test_larger_presets_follow_mars_recipe(files, preset):
+def test_larger_presets_follow_mars_recipe(preset):
     """400 epochs of batch 2048; lr 1e-4 for 256 images; a quarter of the steps is warm-up."""
-    recipe = train.parse(["--preset", preset, *files]).recipe["mixar"]
+    recipe = train.parse(["--preset", preset, *FILES]).recipe["mixar"]
     assert recipe["steps"] == 400 * 625 and recipe["batch"] == 2048
     assert recipe["lr"] == pytest.approx(8e-4)
     assert recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02 and recipe["draws"] == 4
@@ -667,13 +672,13 @@ def test_larger_presets_follow_mars_recipe(files, preset):
     assert train.learning_rate(recipe, 999) == pytest.approx(8e-4)
 
 
-def test_flags_win_over_the_recipe(files):
+def test_flags_win_over_the_recipe():
     def recipe(*flags):
         return train.parse(flags).recipe["mixar"]
 
-    smaller = recipe("--preset", "base", *files, "--batch-size", "512", "--steps", "70")
+    smaller = recipe("--preset", "base", *FILES, "--batch-size", "512", "--steps", "70")
     assert smaller["lr"] == pytest.approx(2e-4) and smaller["steps"] == 70
-    assert recipe("--preset", "base", *files, "--lr", "0.1")["lr"] == 0.1
+    assert recipe("--preset", "base", *FILES, "--lr", "0.1")["lr"] == 0.1
     assert recipe("--lr", "0")["lr"] == 0
     assert recipe() == train.RECIPES["tiny"]["mixar"]
     stages = train.parse(["--vae-steps", "3", "--vq-steps", "4", "--prior-steps", "5"]).recipe
@@ -683,9 +688,7 @@ def test_flags_win_over_the_recipe(files):
 # one clear line for what is wrong
 
 CONTRADICTIONS = [
-    (["--preset", "base"], "--preset base trains MixAR alone; give --vae FILE"),
-    (["--vae", "/no/file"], "/no/file: no such file"),
-    (["--init", "/no/file"], "/no/file: no such file"),
+    (["--preset", "base"], "--preset base trains MixAR alone: give --vae, --vq and --prior"),
     (["--ti-mix", "--guidance", "none"], "--ti-mix mixes X_d"),
     (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder is for"),
 ]
@@ -696,6 +699,14 @@ def test_flags_that_contradict_each_other_are_one_line(flags, words):
     with pytest.raises(SystemExit) as error:
         train.parse(flags)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--vae", "--vq", "--prior", "--init"])
+def test_files_that_are_not_there_are_one_line_before_anything_is_trained(tmp_path, flag):
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit, match="/no/file: no such file; expected a .* checkpoint"):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 1, flag, "/no/file"))
+    assert not runs.exists()
 
 
 USELESS = [
