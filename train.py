@@ -440,6 +440,8 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
             print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
             raise SystemExit(128 + (received or [signal.SIGTERM])[0])
     stop_at_signals()
+    if received:                                                             # in the last step
+        raise SystemExit(128 + received[0])
     if rank == 0:
         log.bar.close()
     if rank == 0 and preview:
