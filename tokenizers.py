@@ -1,14 +1,13 @@
-"""Eq. (7): x_c = VAE(I), x_d = VQVAE(I); the pictures I and the cache of their tokens.
+"""Eq. (7), section 3.3: x_c = VAE(I) and x_d = VQVAE(I), the pictures I and the token cache.
 
 `KLVAE` is the continuous tokenizer (VA-VAE, KL-16), `BitVQ` the discrete one (MaskBit), whose
 tokens are bits. Pictures come from the embedded set `shapes`, class folders or MNIST-family files.
-`Tokens` is the cache of x_c and x_d that training reads.
+`cache_tokens` writes x_c and x_d of all pictures once, and training reads them by `Tokens`.
 
+B batch, n pictures, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
 Reads picture files. Feeds all the other files. Read mixing.py next.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
 Run from this folder, this module shadows the Hugging Face package of the same name.
-
-B batch, n pictures, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
 """
 import colorsys
 import gzip
@@ -18,6 +17,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from math import cos, hypot, pi, sin
 from pathlib import Path
 
@@ -47,9 +47,7 @@ def bits_to_codes(bits):
 
 def codes_to_bits(codes, e):
     """The e bits of each code as -1/+1, least significant first; the mask code 2^e gives zeros.
-
-    codes (B, N, S) int in 0..2^e -> (B, N, S * e) float   [MaskBit]
-    """
+    (B, N, S) int -> (B, N, S e) float   [MaskBit]"""
     powers = torch.arange(e, device=codes.device)
     codes = codes[..., None]
     bits = (codes >> powers & 1).float() * 2 - 1                     # (B, N, S, e)
@@ -68,46 +66,35 @@ def entropy(p):
 
 def quantiser_losses(z, codebook, all_mean=lambda q: q):
     """Commitment loss, entropy per token and entropy of the mean of the tokens.   [MaskBit]
-
-    The training loss is commitment + 0.02 * (per_token - average).
-    z:         (B, d_d, h, w), the encoder's output
-    codebook:  (2^d_d, d_d), every code as bits
-    all_mean:  averages the use of the codes over the processes of a distributed run
-    Returns three scalars.
-    """
+    z (B, d_d, h, w) comes from the encoder, codebook (2^d_d, d_d) holds every code as bits, and
+    all_mean averages the use of the codes over the processes of a distributed run."""
     z = z.float()
     commitment = 0.25 * (quantise(z) - z).square().mean()
     # The division by 0.01 would magnify the rounding of bf16.
     with torch.autocast(z.device.type, enabled=False):
         logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
     p = logits.softmax(-1)
-    per_token = entropy(p).mean()
-    average = entropy(all_mean(p.mean(0)))
-    return commitment, per_token, average
+    return commitment, entropy(p).mean(), entropy(all_mean(p.mean(0)))
 
 
-def norm(groups, c):
-    return nn.GroupNorm(groups, c, eps=1e-6)
+norm = partial(nn.GroupNorm, eps=1e-6)
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, beside a shortcut.
+    """Norm, SiLU and convolution, twice, beside a shortcut. Where the width changes, MaskBit's
+    shortcut projects the block's own OUTPUT and drops the input, as its released weights expect."""
 
-    Where the width changes, the KL-VAE's shortcut projects the input of the block. MaskBit's
-    projects the block's own OUTPUT and drops the input, as its released weights expect.
-    """
-
-    def __init__(self, c_in, c_out, groups, maskbit):
+    def __init__(self, c_in, c, groups, maskbit):
         super().__init__()
         self.norm1 = norm(groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=not maskbit)
-        self.norm2 = norm(groups, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=not maskbit)
-        self.projects_output = maskbit and c_in != c_out
+        self.conv1 = conv3(c_in, c, bias=not maskbit)
+        self.norm2 = norm(groups, c)
+        self.conv2 = conv3(c, c, bias=not maskbit)
+        self.projects_output = maskbit and c_in != c
         self.nin_shortcut = nn.Identity()
-        if c_in != c_out:
-            c_shortcut = c_out if maskbit else c_in
-            self.nin_shortcut = nn.Conv2d(c_shortcut, c_out, 1, bias=not maskbit)
+        if c_in != c:
+            self.nin_shortcut = nn.Conv2d(c if maskbit else c_in, c, 1, bias=not maskbit)
 
     def forward(self, x):
         u = self.conv1(silu(self.norm1(x)))
@@ -121,68 +108,82 @@ class AttnBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.norm = norm(groups, c)
-        self.q = nn.Conv2d(c, c, 1)
-        self.k = nn.Conv2d(c, c, 1)
-        self.v = nn.Conv2d(c, c, 1)
-        self.proj_out = nn.Conv2d(c, c, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
         u = self.norm(x)
-        maps = (self.q(u), self.k(u), self.v(u))
-        q, k, v = (y.flatten(2).transpose(1, 2)[:, None] for y in maps)      # (B, 1, h w, c)
-        u = scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)      # (B, c, h w)
+        # One head: each is (B, 1, h w, c).
+        q, k, v = (f(u).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        u = scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj_out(u.unflatten(2, x.shape[2:]))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, then a step to "half" or "double" the size, or none.
+    """Residual blocks, the first `attn` of them with attention, then `scale` times the size."""
 
-    The first `attn` of the residual blocks are each followed by attention.
-    """
-
-    def __init__(self, c_in, c, blocks, groups, maskbit=False, attn=0, size=None):
+    def __init__(self, c_in, c, blocks, groups, maskbit, attn=0, scale=1):
         super().__init__()
-        inputs = [c_in] + [c] * (blocks - 1)
-        self.block = nn.ModuleList(ResBlock(i, c, groups, maskbit) for i in inputs)
-        attend = [AttnBlock(c, groups) for _ in range(attn)]
-        self.attn = nn.ModuleList(attend + [nn.Identity()] * (blocks - attn))
+        self.block = nn.ModuleList(
+            ResBlock(c_in if i == 0 else c, c, groups, maskbit) for i in range(blocks))
+        self.attn = nn.ModuleList(
+            AttnBlock(c, groups) if i < attn else nn.Identity() for i in range(blocks))
         self.maskbit = maskbit
-        self.size = size
+        self.scale = scale
         self.resize = nn.Identity()
-        if size == "half":
+        if scale == 0.5:
             self.resize = nn.Conv2d(c, c, 3, stride=2)
-        elif size == "double":
-            self.resize = nn.Conv2d(c, c, 3, padding=1)
+        elif scale == 2:
+            self.resize = conv3(c, c)
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
-        if self.size == "half":
-            height, width = x.shape[2:]
-            # TensorFlow's padding SAME: an odd side gets zeros at both ends   [MaskBit]
-            top, left = (height % 2, width % 2) if self.maskbit else (0, 0)
+        if self.scale == 0.5:
+            # TensorFlow's padding SAME: an odd side gets zeros at both ends.   [MaskBit]
+            top, left = (side % 2 if self.maskbit else 0 for side in x.shape[2:])
             x = pad(x, (left, 1, top, 1))
-        elif self.size == "double":
+        elif self.scale == 2:
             x = interpolate(x, scale_factor=2.0, mode="nearest")
         return self.resize(x)
 
 
-def levels(widths, blocks, groups, size, maskbit=False, attn_at=None):
+def levels(widths, blocks, groups, maskbit, scale, attn_at):
     """One Level for each width. All but the last change the size; number attn_at has attention."""
     made = nn.Sequential()
     for i, c in enumerate(widths):
         attn = blocks if i == attn_at else 0
-        last = i == len(widths) - 1
-        made.append(Level(widths[max(i - 1, 0)], c, blocks, groups, maskbit, attn,
-                          None if last else size))
+        own_scale = scale if i < len(widths) - 1 else 1
+        made.append(Level(widths[max(i - 1, 0)], c, blocks, groups, maskbit, attn, own_scale))
     return made
 
 
-def build(cls, config, state):
-    """The model cls(**config) with the weights `state`, ready for inference.
+def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
+    """A tokenizer's encoder, to c_out channels, and decoder, from c_in channels. Level i of the
+    encoder has `blocks` blocks of width * mult[i] channels; all but the last halve the picture.
+    `attn` gives the decoder's first level attention; MaskBit has none anywhere."""
+    widths = [width * k for k in mult]
+    c = widths[-1]
+    mid_blocks, up_blocks = (blocks, blocks) if maskbit else (2, blocks + 1)
+    mid_attn, down_attn_at = (0, None) if maskbit else (1, len(mult) - 1)
+    encoder = nn.Sequential(OrderedDict(
+        conv_in=conv3(3, widths[0], bias=not maskbit),
+        down=levels(widths, blocks, groups, maskbit, 0.5, down_attn_at),
+        mid=Level(c, c, mid_blocks, groups, maskbit, mid_attn),
+        norm_out=norm(groups, c),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(c, c_out, 1) if maskbit else conv3(c, c_out)))
+    decoder = nn.Sequential(OrderedDict(
+        conv_in=conv3(c_in, c),
+        mid=Level(c, c, mid_blocks, groups, maskbit, mid_attn),
+        up=levels(widths[::-1], up_blocks, groups, maskbit, 2, 0 if attn else None),
+        norm_out=norm(groups, widths[0]),
+        silu=nn.SiLU(),
+        conv_out=conv3(widths[0], 3)))
+    return encoder, decoder
 
-    RuntimeError names every missing, unexpected or mis-shaped weight.
-    """
+
+def build(cls, config, state):
+    """The model cls(**config) with the weights `state`, ready for inference."""
     # On the meta device no time is lost on initial weights.
     with torch.device("meta"):
         model = cls(**config)
@@ -205,64 +206,44 @@ RENAMED = {
 
 def read_official(state):
     """An official tokenizer's weights under our names, and its width, mult and blocks."""
-    ours = {}
-    for key, value in state.items():
-        for official, own in RENAMED.items():
-            key = key.replace(official, own)
-        ours[key] = value
-    width = len(ours["encoder.conv_in.weight"])
-    depth = range(count_modules(ours, "encoder.down."))
-    mult = [len(ours[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in depth]
-    blocks = count_modules(ours, "encoder.down.0.block.")
-    return ours, dict(width=width, mult=mult, blocks=blocks)
+    for official, own in RENAMED.items():
+        state = {key.replace(official, own): value for key, value in state.items()}
+    width = len(state["encoder.conv_in.weight"])
+    depth = range(count_modules(state, "encoder.down."))
+    mult = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in depth]
+    blocks = count_modules(state, "encoder.down.0.block.")
+    return state, dict(width=width, mult=mult, blocks=blocks)
 
 
 class KLVAE(nn.Module):
-    """x_c = VAE(I) of Eq. (7).   [VA-VAE] [MAR]
-
-    width, mult: level i has width * mult[i] channels; all but the last halve the picture
-    blocks: residual blocks in a level of the encoder; the decoder has one more
-    z: d_c, the channels of x_c
-    attn: attention at the decoder's lowest resolution, which VA-VAE has and KL-16 has not
-    groups: of the norms, officially 32; at width 32 each would erase its channel's mean
-    """
+    """x_c = VAE(I) of Eq. (7), z = d_c channels. `attn` tells VA-VAE from KL-16. Officially norms
+    have 32 groups; at width 32 each would erase its channel's mean.   [VA-VAE] [MAR]"""
 
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
         super().__init__()
-        widths = [width * k for k in mult]
-        c = widths[-1]
-        self.encoder = nn.Sequential(OrderedDict(
-            conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
-            down=levels(widths, blocks, groups, "half", attn_at=len(mult) - 1),
-            mid=Level(c, c, 2, groups, attn=1), norm_out=norm(groups, c), silu=nn.SiLU(),
-            conv_out=nn.Conv2d(c, 2 * z, 3, padding=1)))
-        self.decoder = nn.Sequential(OrderedDict(
-            conv_in=nn.Conv2d(z, c, 3, padding=1), mid=Level(c, c, 2, groups, attn=1),
-            up=levels(widths[::-1], blocks + 1, groups, "double", attn_at=0 if attn else None),
-            norm_out=norm(groups, widths[0]), silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
+        self.encoder, self.decoder = coders(width, mult, blocks, groups, 2 * z, z, attn=attn)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
-        # training starts with little posterior noise   [ours]
+        # Training starts with little posterior noise.   [ours]
         nn.init.constant_(self.quant_conv.bias[z:], -5)
 
     @classmethod
     def from_official(cls, state):
         """The model in an official file {name: tensor} of VA-VAE or KL-16.   [VA-VAE] [MAR]"""
-        ours, config = read_official(state)
-        last = count_modules(ours, "decoder.up.") - 1
-        found = {}
-        for key, value in ours.items():
-            # official files count the decoder's levels from the full resolution, we from the lowest
+        state, config = read_official(state)
+        last = count_modules(state, "decoder.up.") - 1
+        ours = {}
+        for key, value in state.items():
+            # Official files count the decoder's levels from the full resolution.
             if key.startswith("decoder.up."):
-                level, rest = key.removeprefix("decoder.up.").split(".", 1)
+                _, _, level, rest = key.split(".", 3)
                 key = f"decoder.up.{last - int(level)}.{rest}"
-            # the others belong to the training of VA-VAE
+            # The others belong to the training of VA-VAE.
             if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
-                found[key] = value
-        config["z"] = len(found["post_quant_conv.weight"])
-        config["attn"] = count_modules(found, "decoder.up.0.attn.") > 0
-        return build(cls, config, found)
+                ours[key] = value
+        config["z"] = len(ours["post_quant_conv.weight"])
+        config["attn"] = count_modules(ours, "decoder.up.0.attn.") > 0
+        return build(cls, config, ours)
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance, (B, d_c, h, w)."""
@@ -275,37 +256,24 @@ class KLVAE(nn.Module):
 
 
 class BitVQ(nn.Module):
-    """x_d = VQVAE(I) of Eq. (7): a token is d_d = `bits` signs; no codebook is learned.
-
-    Its other parameters are those of KLVAE.   [MaskBit]
-    """
+    """x_d = VQVAE(I) of Eq. (7): d_d = `bits` signs a token, without a codebook.   [MaskBit]"""
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
-        widths = [width * k for k in mult]
-        c = widths[-1]
-        self.encoder = nn.Sequential(OrderedDict(
-            conv_in=nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-            down=levels(widths, blocks, groups, "half", maskbit=True),
-            mid=Level(c, c, blocks, groups, maskbit=True), norm_out=norm(groups, c),
-            silu=nn.SiLU(), conv_out=nn.Conv2d(c, bits, 1)))
-        self.decoder = nn.Sequential(OrderedDict(
-            conv_in=nn.Conv2d(bits, c, 3, padding=1),
-            mid=Level(c, c, blocks, groups, maskbit=True),
-            up=levels(widths[::-1], blocks, groups, "double", maskbit=True),
-            norm_out=norm(groups, widths[0]), silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[0], 3, 3, padding=1)))
-        codebook = codes_to_bits(torch.arange(2 ** bits)[:, None], bits)
+        self.encoder, self.decoder = coders(width, mult, blocks, groups, bits, bits, maskbit=True)
         powers = 2 ** torch.arange(bits, dtype=torch.int32)
+        codes = torch.arange(2 ** bits)[:, None]
+        # Official files hold these two.
         self.quantize = nn.Module()
         self.quantize.register_buffer("bits_to_indices", powers)
-        self.quantize.register_buffer("codebook", codebook)
+        self.quantize.register_buffer("codebook", codes_to_bits(codes, bits))
 
     @classmethod
     def from_official(cls, state):
         """The model in an official file {name: tensor} of MaskBit's tokenizer.   [MaskBit]"""
-        ours, config = read_official(state)
-        return build(cls, config | dict(bits=len(ours["encoder.conv_out.weight"])), ours)
+        state, config = read_official(state)
+        config["bits"] = len(state["encoder.conv_out.weight"])
+        return build(cls, config, state)
 
     def encode(self, images):
         """images (B, 3, H, W) in [0, 1] -> z (B, d_d, h, w), whose signs are x_d."""
@@ -319,12 +287,10 @@ class BitVQ(nn.Module):
 def center_crop(image, size):
     """ADM's centre crop of a Pillow image to size x size.   [MAR]"""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
     scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(scaled, Image.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
     return image.crop((left, top, left + size, top + size))
 
 
@@ -335,8 +301,8 @@ def read_rgb(path):
             grey = np.asarray(image, np.float64) / 257
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -356,51 +322,51 @@ def choose(n, count):
 
 
 class Folder:
-    """Class folders of pictures, DIR/class/picture; without class folders DIR is one class.
+    """Class folders, DIR/class/picture; without them DIR is one class. The splits are DIR/train and
+    DIR/val (or DIR/test), if they are there."""
 
-    The splits are DIR/train and DIR/val (or DIR/test), if they are there.
-    """
-
-    mirror = True                                                            # [MAR]
+    # Mirror images are cached, too.   [MAR]
+    mirror = True
     endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
     def __init__(self, root, split, size, count):
         names = ["train"] if split == "train" else ["val", "test", "train"]
-        part = ([name for name in names if (root / name).is_dir()] + ["."])[0]
+        part = next((name for name in names if (root / name).is_dir()), ".")
         self.held_out = part in ("val", "test")
         self.size = size
-        root = root / part
-        folders = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-        self.classes = [folder.name for folder in folders or [root]]
+        inside = sorted((root / part).iterdir())
+        folders = [p for p in inside if p.is_dir() and not p.name.startswith(".")] or [root / part]
+        self.classes = [folder.name for folder in folders]
         files = []
         labels = []
-        for label, folder in enumerate(folders or [root]):
-            inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.endings)
-            if not inside:
+        for label, folder in enumerate(folders):
+            found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.endings)
+            if not found:
                 raise SystemExit(f"{folder}: no pictures in this folder; fill it or remove it")
-            files += inside
-            labels += [label] * len(inside)
-        keep = choose(len(files), count)
+            files += found
+            labels += [label] * len(found)
         self.names = "\n".join(map(str, files))
+        keep = choose(len(files), count)
         self.files = [files[i] for i in keep]
         self.labels = np.array(labels)[keep]
 
     def read(self, i):
+        # A damaged picture can fail in any way.
         try:
             image = center_crop(read_rgb(self.files[i]), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:
             return f"{self.files[i]}: {error}"
         return np.asarray(image).transpose(2, 0, 1)
 
 
 def read_idx(root, name):
     """The uint8 array in the MNIST-family file `name`, gz or not, of the folder `root`."""
-    paths = sorted(root.glob(f"{name}*ubyte*"))
-    if not paths:
+    path = next(iter(sorted(root.glob(f"{name}*ubyte*"))), None)
+    if not path:
         raise SystemExit(f"{root}: there is no file {name}-ubyte or {name}-ubyte.gz")
-    with reading(paths[0], "readable idx file"):
-        data = paths[0].read_bytes()
-        if paths[0].suffix == ".gz":
+    with reading(path, "readable idx file"):
+        data = path.read_bytes()
+        if path.suffix == ".gz":
             data = gzip.decompress(data)
         axes = data[3]
         shape = np.frombuffer(data, ">u4", axes, offset=4)
@@ -410,7 +376,8 @@ def read_idx(root, name):
 class Idx:
     """MNIST-family files. Small pictures are padded with black to `size`, larger ones resized."""
 
-    mirror = False                                                           # digits point one way
+    # Digits and shoes point one way.
+    mirror = False
     clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 
     def __init__(self, root, split, size, count):
@@ -419,7 +386,7 @@ class Idx:
         part = "t10k" if self.held_out else "train"
         images = read_idx(root, f"{part}-images-idx3")
         labels = read_idx(root, f"{part}-labels-idx1")
-        self.classes = [str(k) for k in range(int(labels.max()) + 1)]
+        self.classes = [str(k) for k in range(labels.max() + 1)]
         if "fashion" in str(root).lower() and len(self.classes) <= 10:
             self.classes = self.clothes
         keep = choose(len(labels), count)
@@ -430,16 +397,15 @@ class Idx:
         image = self.images[i]
         if max(image.shape) > self.size:
             image = np.asarray(center_crop(Image.fromarray(image), self.size))
-        rows, columns = (self.size - side for side in image.shape)           # that are missing
+        # The rows and columns that are missing are split between both sides.
+        rows, columns = (self.size - side for side in image.shape)
         edges = ((rows // 2, (rows + 1) // 2), (columns // 2, (columns + 1) // 2))
         return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
 
 
 class Shapes:
     """The embedded set: ten classes of shapes; picture i is a function of (split, i).   [ours]
-
-    Colours, pose, background and stripes are continuous: they say more than the bits can keep.
-    """
+    Colours, pose, background and stripes are continuous: they say more than the bits can keep."""
 
     classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
     mirror = False
@@ -454,21 +420,19 @@ class Shapes:
     def distances(x, y):
         """Signed distances of points to the outlines of all classes; inside they are negative."""
         r = np.hypot(x, y)
-        ax = abs(x)
-        ay = abs(y)
-        intersect = np.maximum
-        unite = np.minimum
-        # folding maps the ten edges of the star to one, from the tip (0, 1) to 0.42 (px, py)
+        ax, ay = abs(x), abs(y)
+        intersect, unite = np.maximum, np.minimum
+        # Folding maps the ten edges of the star to one, from the tip (0, 1) to 0.42 (px, py).
         fold = abs(np.arctan2(x, y) % (2 * pi / 5) - pi / 5)
-        px = cos(pi / 5)
-        py = sin(pi / 5)
+        px, py = cos(pi / 5), sin(pi / 5)
         star = (r * np.cos(fold) - 0.42) * py - r * np.sin(fold) * (px - 0.42)
         upright = intersect(ax - 0.28, ay - 0.9)
         level = intersect(ax - 0.9, ay - 0.28)
         round_tops = np.hypot(ax - 0.4, y - 0.3) - 0.566
         shaft = intersect(ax - 0.22, abs(y + 0.4) - 0.5)
         tip = intersect((ax + y - 0.9) / 1.414, -y)
-        return [                                                             # as `classes`
+        # In the order of `classes`.
+        return [
             r - 0.85,
             abs(r - 0.67) - 0.22,
             intersect(ax, ay) - 0.75,
@@ -484,22 +448,23 @@ class Shapes:
     def read(self, i):
         u = np.random.Generator(np.random.Philox(key=[self.seed, i])).random(16)
         axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
-        X = axis[None, :]
-        Y = -axis[:, None]
-        # the pixels as the shape sees them: moved, scaled, turned
+        X, Y = axis[None, :], -axis[:, None]
+        # The pixels as the shape sees them: moved, scaled, turned.
         radius = 0.68 + 0.22 * u[0]
         turn = 0.4 * (u[1] - 0.5)
         dx = (X - 0.2 * (u[2] - 0.5)) / radius
         dy = (Y - 0.2 * (u[3] - 0.5)) / radius
         x = dx * cos(turn) + dy * sin(turn)
         y = dy * cos(turn) - dx * sin(turn)
-        # how much of every pixel the shape covers: its edge is one pixel wide
+        # How much of every pixel the shape covers: its edge is one pixel wide.
         distance = self.distances(x, y)[self.labels[i]]
         inside = np.clip(0.5 - distance * radius * self.size / 2, 0, 1)
         ramp = (1 + X * cos(6.28 * u[4]) + Y * sin(6.28 * u[4])) / 2
-        ground = colour(u[5], 0.7 * u[6], 0.1 + 0.35 * u[7]) * (1 - ramp)
-        ground = ground + colour(u[8], 0.7 * u[9], 0.1 + 0.35 * u[10]) * ramp
-        stripes = np.sin((6 + 8 * u[11]) * (x * cos(3.14 * u[12]) + y * sin(3.14 * u[12])))
+        start = colour(u[5], 0.7 * u[6], 0.1 + 0.35 * u[7])
+        end = colour(u[8], 0.7 * u[9], 0.1 + 0.35 * u[10])
+        ground = start * (1 - ramp) + end * ramp
+        along = x * cos(3.14 * u[12]) + y * sin(3.14 * u[12])
+        stripes = np.sin((6 + 8 * u[11]) * along)
         figure = colour(u[13], 0.4 + 0.6 * u[14], 0.8) * (1 + 0.25 * u[15] * stripes)
         picture = ground * (1 - inside) + figure * inside
         return (picture.clip(0, 1) * 255).astype(np.uint8)
@@ -512,22 +477,20 @@ def colour(h, s, v):
 
 def open_source(data, split, size, count):
     """The pictures of `data`, "shapes" or a folder, of split "train" or "test" (the held-out ones).
-
-    size: height and width of the pictures
-    count: how many of them; None for all (of the endless shapes 10,000)
-    """
+    size is their height and width, count how many; None: all (of the endless shapes 10,000)."""
     root = Path(data)
+    where = str(root.resolve())
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
+        where = data
     elif not root.is_dir():
         raise SystemExit(f"--data {data}: no such folder; give a folder of pictures, or shapes")
     elif any(root.glob("*idx?-ubyte*")):
         source = Idx(root, split, size, count)
     else:
         source = Folder(root, split, size, count)
-    where = data if data == "shapes" else str(root.resolve())
     source.made_from = dict(data=where, split=split, size=size, pictures=len(source.labels))
-    # as many pictures under other names are other pictures
+    # As many pictures under other names are other pictures.
     if isinstance(source, Folder):
         source.made_from["names"] = hashlib.sha256(source.names.encode()).hexdigest()[:16]
     return source
@@ -535,11 +498,11 @@ def open_source(data, split, size, count):
 
 def read_all(source):
     """All pictures that can be read, uint8 (n, 3, H, W), and their labels (n,)."""
+    n = len(source.labels)
     with ThreadPoolExecutor() as threads:
-        read = threads.map(source.read, range(len(source.labels)))
-        found = list(tqdm(read, "pictures", len(source.labels), unit="img", leave=False))
+        found = list(tqdm(threads.map(source.read, range(n)), "pictures", n, leave=False))
     report_skipped(source, [picture for picture in found if isinstance(picture, str)])
-    good = [i for i, picture in enumerate(found) if not isinstance(picture, str)]
+    good = [i for i in range(n) if not isinstance(found[i], str)]
     return np.stack([found[i] for i in good]), source.labels[good]
 
 
@@ -558,24 +521,29 @@ def reading(path, what):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"missing {reason}"
-        raise SystemExit(f"{path}: not a {what}: {reason}") from None
+        words = str(error).split()
+        if isinstance(error, KeyError) or not words:
+            words.insert(0, type(error).__name__)
+        raise SystemExit(f"{path}: not a {what}: {' '.join(words)}") from None
+
+
+def differences(was, now):
+    """A text for every entry in which two dicts differ, also in dicts within them."""
+    for name in was | now:
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield f"{name} {old}, not {new}"
 
 
 def check_same(path, was, now):
     """SystemExit naming what differs between two dicts that say how `path` was made."""
-    different = []
-    for name in now:
-        old = was.get(name)
-        if isinstance(now[name], dict) and isinstance(old, dict):
-            check_same(path, old, now[name])
-        elif json.dumps(old) != json.dumps(now[name]):                       # (1, 2) is [1, 2]
-            different.append(f"{name} {old}, not {now[name]}")
+    # Tuples become lists, as in files.
+    different = "; ".join(differences(*json.loads(json.dumps([was, now]))))
     if different:
-        raise SystemExit(f"{path} was made with {'; '.join(different)}: choose another --runs or "
-                         "--out folder, or remove it to make it again")
+        raise SystemExit(f"{path} was made with {different}: choose another --runs or --out "
+                         "folder, or remove it")
 
 
 def write_whole(path, write):
@@ -589,7 +557,8 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:                                 # torch's full disk
+    # On a full disk torch.save raises a RuntimeError.
+    except (OSError, RuntimeError) as error:
         raise SystemExit(f"{path} cannot be written: {error}") from None
     finally:
         if temporary.is_file():
@@ -617,33 +586,28 @@ def fingerprint(module):
 
 @torch.no_grad()
 def encode(pictures, vae, vq, device, mirror):
-    """Eq. (7) for uint8 pictures (b, 3, H, W); F is 2 if their mirror images come, too, else 1.
-
-    Returns moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and
-    indices (b, F, h, w), int32 codes of x_d, in a dict.
-    """
+    """Eq. (7) for uint8 pictures (b, 3, H, W), and for their mirror images (F = 2, else 1): a dict
+    of moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and indices
+    (b, F, h, w), int32 codes of x_d."""
     x = torch.tensor(pictures).to(device).float() / 255
     views = [x, x.flip(3)] if mirror else [x]
-    x = torch.stack(views, dim=1).flatten(0, 1)                              # (b F, 3, H, W)
+    x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
     moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
     indices = bits_to_codes(quantise(vq.encode(x)).movedim(1, -1)).int()
-    return dict(moments=moments.unflatten(0, (-1, len(views))).cpu().numpy(),
-                indices=indices.unflatten(0, (-1, len(views))).cpu().numpy())
+    rows = dict(moments=moments, indices=indices)
+    return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
 
 
 def cache_tokens(folder, source, vae, vq, device, batch=None):
     """Write moments.npy and indices.npy, see `encode`, labels.npy and meta.json into `folder`.
-
     status.npy says 0 for a picture to do, 1 for done, 2 for unreadable, so that a killed run goes
-    on. SystemExit if the folder was made from other pictures or tokenizers.
-    """
+    on. SystemExit if the folder was made from other pictures or tokenizers."""
     made_from = source.made_from | dict(vae=fingerprint(vae), vq=fingerprint(vq))
     meta = read_json(folder / "meta.json")
     n = len(source.labels)
-    if meta:
-        check_same(folder, meta["made_from"], made_from)
-    else:
+    if not meta:
         folder.mkdir(parents=True, exist_ok=True)
+        # The row of a black picture tells the types and shapes.
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
         row = encode(black, vae, vq, device, source.mirror) | dict(status=np.zeros(1, np.uint8))
         for name, value in row.items():
@@ -652,30 +616,32 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
         np.save(folder / "labels.npy", source.labels)
         meta = dict(made_from=made_from, classes=source.classes, complete=False)
         write_json(folder / "meta.json", meta)
+    check_same(folder, meta["made_from"], made_from)
     if "mean" in meta:
         return
     files = {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
     status = files["status"]
-    batch = batch or 2 ** 19 // source.size ** 2                             # half a million pixels
+    skipped = []
+    batch = batch or 2 ** 19 // source.size ** 2
     with ThreadPoolExecutor() as threads:
         for start in tqdm(range(0, n, batch), "tokens", unit="batch"):
             rows = start + np.flatnonzero(status[start:start + batch] != 1)
             pictures = dict(zip(rows, threads.map(source.read, rows)))
+            skipped += [picture for picture in pictures.values() if isinstance(picture, str)]
             good = [i for i in rows if not isinstance(pictures[i], str)]
             if good:
                 x = np.stack([pictures[i] for i in good])
                 for name, value in encode(x, vae, vq, device, source.mirror).items():
                     files[name][good] = value
-            # last, when the rows themselves are there
+            # The status comes last, when the rows themselves are there.
             status[rows] = 2
             status[good] = 1
     if (status == 0).any():
         raise SystemExit(f"{folder}: another program was filling it, too; start again")
-    skipped = [source.read(i) for i in np.flatnonzero(status == 2)]
     report_skipped(source, skipped)
     mean, std = statistics(files["moments"], np.flatnonzero(status == 1))
-    meta |= dict(complete=True, skipped=skipped, mean=mean, std=std,
-                 bits=vq.quantize.codebook.shape[1])
+    bits = vq.quantize.codebook.shape[1]
+    meta |= dict(complete=True, skipped=skipped, mean=mean, std=std, bits=bits)
     write_json(folder / "meta.json", meta)
 
 
@@ -684,7 +650,7 @@ def statistics(moments, rows):
     rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
     mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    x_c = reparameterize(mean, (0.5 * logvar).exp(), noise)                  # (n, d_c, h, w)
+    x_c = reparameterize(mean, (0.5 * logvar).exp(), noise)          # (n, d_c, h, w)
     std, mean = torch.std_mean(x_c, (0, 2, 3))
     return mean.tolist(), std.tolist()
 
@@ -693,8 +659,8 @@ class Tokens:
     """The token cache in `folder`: x_c and x_d of n pictures with `labels` (n,) in `classes`."""
 
     def __init__(self, folder):
-        meta = read_json(folder / "meta.json")
         with reading(folder, "complete token cache; remove it to make it again"):
+            meta = read_json(folder / "meta.json")
             self.made_from = meta["made_from"]
             self.classes = meta["classes"]
             self.bits = meta["bits"]
@@ -709,16 +675,14 @@ class Tokens:
         self.d_c = len(self.mean)
 
     def batch(self, pictures, rng):
-        """The tokens of `pictures`, (B,) numbers below n, or of their mirror images, at random.
-
-        Returns the normalised posterior's mean and deviation (B, N, d_c), x_d (B, N, d_d), y (B,).
-        """
+        """The tokens of `pictures`, (B,) numbers below n, or of their mirror images, at random: the
+        normalised posterior's mean and deviation (B, N, d_c), x_d (B, N, d_d), y (B,)."""
         rows = self.rows[pictures]
         view = (rng(torch.rand).cpu().numpy() * self.indices.shape[1]).astype(int)
-        moments = torch.tensor(self.moments[rows, view]).float()             # (B, 2 d_c, h, w)
-        mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=2)    # (B, N, d_c)
-        mean = (mean - self.mean) / self.std
+        moments = torch.tensor(self.moments[rows, view]).float()     # (B, 2 d_c, h, w)
+        mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=2)
+        mean = (mean - self.mean) / self.std                         # (B, N, d_c)
         std = (0.5 * logvar).exp() / self.std
-        codes = torch.tensor(self.indices[rows, view]).flatten(1)            # (B, N)
-        x_d = codes_to_bits(codes[..., None], self.bits)                     # (B, N, d_d)
+        codes = torch.tensor(self.indices[rows, view]).flatten(1)    # (B, N)
+        x_d = codes_to_bits(codes[..., None], self.bits)             # (B, N, d_d)
         return mean, std, x_d, torch.tensor(self.labels[pictures])

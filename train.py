@@ -17,6 +17,7 @@ import gc
 import math
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -174,6 +175,7 @@ def parallel(module):
 def stop_at_signals():
     """From now on a signal ends the program at once, with the exit code that shells expect."""
     def stop(number, frame):
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in SIGNALS:
@@ -208,7 +210,8 @@ def process_group():
 def autocast(amp, device):
     """The precision of --amp: auto is bf16 on CUDA and on CPUs that compute in it, else fp32."""
     cpu = torch.cpu.get_capabilities()
-    if amp == "auto" and device.type == "cpu" and not (cpu["amx_tile"] or cpu["avx512_bf16"]):
+    has_bf16 = device.type == "cuda" or cpu.get("amx_tile") or cpu.get("avx512_bf16")
+    if amp == "auto" and not has_bf16:
         amp = "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=amp != "fp32")
 

@@ -371,6 +371,66 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    """A file stands where its folder should be, or torch.save finds the disk full."""
+    def full_disk(file):
+        raise RuntimeError("no space left")
+
+    (tmp_path / "file").write_bytes(b"whole")
+    with pytest.raises(SystemExit, match="file/note.json cannot be written: .*'.*file"):
+        tokenizers.write_json(tmp_path / "file" / "note.json", {})
+    with pytest.raises(SystemExit, match="last.pt cannot be written: no space left"):
+        tokenizers.write_whole(tmp_path / "last.pt", full_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error, reason", [
+    (ValueError("two\n  lines"), "two lines"),
+    (KeyError("config"), "KeyError 'config'"),
+    (EOFError(), "EOFError"),
+    (SystemExit("its own line"), None),
+])
+def test_what_cannot_be_read_is_one_line(error, reason):
+    with pytest.raises(SystemExit) as stopped:
+        with tokenizers.reading("last.pt", "checkpoint"):
+            raise error
+    line = f"last.pt: not a checkpoint: {reason}" if reason else "its own line"
+    assert str(stopped.value) == line
+
+
+def test_only_what_differs_is_named():
+    """Dicts within dicts are compared, too. A tuple equals a list, None equals a missing entry."""
+    was = dict(seed=0, batch=32, config=dict(width=8, mult=[1, 2]), tokens=None, old=1)
+    now = dict(seed=0, batch=64, config=dict(width=16, mult=(1, 2)), other=None)
+    assert tokenizers.check_same("last.pt", was, dict(was)) is None
+    with pytest.raises(SystemExit) as stopped:
+        tokenizers.check_same("last.pt", was, now)
+    assert str(stopped.value) == (
+        "last.pt was made with batch 32, not 64; width 8, not 16; old 1, not None: "
+        "choose another --runs or --out folder, or remove it")
+
+
+def test_a_damaged_cache_is_one_line(tmp_path):
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    whole = (tmp_path / "moments.npy").read_bytes()
+    (tmp_path / "moments.npy").write_bytes(whole[:200])
+    with pytest.raises(SystemExit, match="not a complete token cache; remove it to make it again"):
+        tokenizers.Tokens(tmp_path)
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(SystemExit, match="meta.json: not a readable note; remove it: Expecting"):
+        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+
+
+def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
+    """meta.json may say complete although the mean is still missing."""
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    meta = tokenizers.read_json(tmp_path / "meta.json")
+    stopped = {key: meta[key] for key in ("made_from", "classes", "complete", "skipped")}
+    tokenizers.write_json(tmp_path / "meta.json", stopped)
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    assert tokenizers.read_json(tmp_path / "meta.json") == meta
+
+
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
     shipped = tokenizers.encode
