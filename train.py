@@ -172,14 +172,16 @@ def parallel(module):
     return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
 
 
-def stop_at_signals():
-    """From now on a signal ends the program at once, with the exit code that shells expect."""
+def stop_at_signals(received=()):
+    """A signal, or one received before, ends the program with the exit code that shells expect."""
     def stop(number, frame):
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    for number in received:
+        stop(number, None)
 
 
 def note_signals():
@@ -442,9 +444,7 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
         if stopping:
             print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
             raise SystemExit(128 + (received or [signal.SIGTERM])[0])
-    stop_at_signals()
-    if received:                                                             # in the last step
-        raise SystemExit(128 + received[0])
+    stop_at_signals(received)
     if rank == 0:
         log.bar.close()
     if rank == 0 and preview:

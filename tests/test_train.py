@@ -304,11 +304,12 @@ def test_ctrl_c_in_the_last_step_ends_the_program(runs, tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch, number):
+def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(backbone, "load_model", lambda *given: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         train.main(mixar(runs, tmp_path / "run", "--steps", 1))
     assert end.value.code == 128 + number
+    assert f"stopped by {number.name}\n" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
