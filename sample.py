@@ -379,11 +379,15 @@ def save_figures(system, folder, seed):
                     ["X_d decoded", "MixAR"] * 2)
 
 
-def save_gif(path, system, y, seed, columns):
-    """A gif of Eq. (9)'s mixed sequence: discrete patches give way to continuous ones."""
+def save_gif(path, system, y, seed, columns, x_d=None):
+    """A gif of Eq. (9)'s mixed sequence: discrete patches give way to continuous ones.
+
+    x_d: (B, N, d_d), used instead of the prior's
+    """
     indices = range(len(y))
     masks = [torch.ones(len(y), system.model.N, dtype=torch.bool, device=system.device)]
-    x_d = system.sample_discrete(seed, indices, y)
+    if x_d is None:
+        x_d = system.sample_discrete(seed, indices, y)
     x_c = system.sample_continuous(seed, indices, y, x_d, on_step=masks.append)
     discrete = system.decode_discrete(x_d)
     continuous = system.decode_continuous(x_c)
@@ -434,10 +438,7 @@ def sample_folder(system, folder, labels, args, held_out=None):
     for k in tqdm(starts, "samples", unit="batch", disable=rank > 0):
         indices = missing[k:k + args.batch_size]
         start = time.time()
-        x_d = None
-        if held_out:
-            truth = np.stack([held_out.read(i) for i in indices])
-            x_d = system.encode_discrete(truth)
+        x_d = truth(system, held_out, indices)
         y = torch.tensor(labels[indices], device=system.device)
         pictures = system.sample(args.seed, indices, y, args.decode, x_d)
         seconds += time.time() - start
@@ -519,7 +520,8 @@ def open_run(args):
         ar_steps=args.ar_steps, diffusion_steps=args.diffusion_steps, cfg=args.cfg,
         temperature=args.temperature, prior_steps=args.prior_steps, prior_cfg=args.prior_cfg)
     system.settings |= {name: value for name, value in given.items() if value is not None}
-    if not system.vq and (args.decode == "discrete" or str(args.out).endswith(".gif")):
+    discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
+    if discrete and not system.vq:
         raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
     if system.prior:
         codes = system.prior.N * system.prior.splits
@@ -532,12 +534,18 @@ def open_run(args):
 def open_held_out(system, count):
     """The held-out pictures behind --truth. SystemExit if there are fewer than `count`."""
     data = system.meta["data"]
-    if data is None:
-        raise SystemExit("--truth needs a run; an official MAR names no data set")
     source = tokenizers.open_source(data, "test", system.size, count)
     if len(source.labels) < count or not source.held_out:
         raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures")
     return source
+
+
+def truth(system, held_out, indices):
+    """The X_d of these held-out pictures, or None without --truth."""
+    if held_out is None:
+        return None
+    pictures = np.stack([held_out.read(i) for i in indices])
+    return system.encode_discrete(pictures)
 
 
 def main(argv=None):
@@ -545,8 +553,6 @@ def main(argv=None):
     with train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
-        if out.suffix == ".gif" and args.truth:
-            raise SystemExit("--truth: a gif shows the prior's X_d; choose another --out")
         chosen = wanted_classes(args.classes, system.meta["classes"])
         # a column per class, where there are several
         columns = len(chosen) if len(chosen) > 1 else 10
@@ -563,7 +569,8 @@ def main(argv=None):
             return
         if out.suffix == ".gif":
             y = torch.tensor(labels, device=system.device)
-            save_gif(out, system, y, args.seed, columns)
+            x_d = truth(system, held_out, range(args.count))
+            save_gif(out, system, y, args.seed, columns, x_d)
         elif one_file:
             pack(folder, args.count, out, columns)
         print(out)

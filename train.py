@@ -179,14 +179,19 @@ def parallel(module):
     return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
 
 
-def exit_on_signal():
-    """From now on Ctrl-C or SIGTERM ends the program at once, with the code that shells expect."""
+def exit_on_signal(received=()):
+    """From now on Ctrl-C or SIGTERM, or one received before, ends the program at once.
+
+    The exit code is the one that shells expect.
+    """
     def stop(number, frame):
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    for number in received:
+        stop(number, None)
 
 
 def remember_signals():
@@ -384,29 +389,29 @@ class Log:
             self.board.add_scalars("train", dict(loss=loss, lr=lr, grad_norm=norm), step)
 
 
-def update(args, ddp, model, optimizer, batches, step, stop=False):
-    """One step of the optimiser on the parts [(batch, rng)] of a batch.
+def update(args, ddp, state, batches, stop=False):
+    """One step of state.optimizer on the parts [(batch, rng)] of a batch.
 
     stop: whether this process was asked to stop
     Returns the loss over all processes, the gradient's norm, and whether any process has to stop.
     No step is taken if loss or norm is not finite.
     """
-    optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=True)
     device = batches[0][1].device
     total = torch.zeros((), device=device)
     for k, (batch, rng) in enumerate(batches):
         # the processes exchange gradients once a step
         ddp.require_backward_grad_sync = k == len(batches) - 1
         with autocast(args.amp, device):
-            loss = ddp(batch, rng, step) / len(batches)
+            loss = ddp(batch, rng, state.step) / len(batches)
         loss.backward()
         total += loss.detach()
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+    norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), CLIP))
     asked = torch.tensor(float(stop), device=device)
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        optimizer.step()
+        state.optimizer.step()
     return loss, norm, stopping > 0
 
 
@@ -434,8 +439,7 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
         total_step = state.before + state.step
         lr = state.set_rate(recipe, total_step)
         batches = step_batches(args, get_batch, n, B, total_step, parts)
-        value, norm, stopping = update(
-            args, ddp, state.model, state.optimizer, batches, state.step, stop=len(received) > 0)
+        value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
             update_ema(state.ema, state.model, total_step)
@@ -449,17 +453,17 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
             log.write(state.step, value, lr, norm)
             if last or stopping or picture or state.step % args.save_every == 0:
                 state.save()
-            if picture and not last and not stopping:
+            if picture and not (last or stopping):
                 preview(state.ema.eval())
         if stopping:
             print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
-            number = received[0] if received else signal.SIGTERM             # another's signal
-            raise SystemExit(128 + number)
-    exit_on_signal()
+            # without a signal of our own, another process has one
+            raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
+    exit_on_signal(received)
     if rank == 0:
         log.bar.close()
-    if rank == 0 and preview:
-        preview(state.ema.eval())
+        if preview:
+            preview(state.ema.eval())
     barrier()
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -108,7 +109,8 @@ def bench_train():
         batch = (mean, std, torch.ones(B, N, BITS), torch.arange(B))
         rng = train.Rng(0, 0, B, CPU)
         with mock.patch.object(mixing, "mask_ratio", return_value=MASK_RATIO):
-            train.update(args, loss, model, optimizer, [(batch, rng)], 0)
+            state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
+            train.update(args, loss, state, [(batch, rng)])
 
     for amp, B in PRECISIONS:
         report("MAR-B training step", step, amp, B, 4)

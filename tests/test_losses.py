@@ -325,7 +325,8 @@ def test_the_gradient_is_clipped_to_the_norm_of_clip():
 
     args = train.parse(["--amp", "fp32"])
     loss = train.Loss(model, steep)
-    _, norm, _ = train.update(args, loss, model, optimizer, [((), Given())], 0)
+    state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
+    _, norm, _ = train.update(args, loss, state, [((), Given())])
     assert norm == pytest.approx(1000)
     assert optimizer.gradients == [pytest.approx(3, rel=1e-4)]
 
