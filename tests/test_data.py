@@ -386,7 +386,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("error, reason", [
     (ValueError("two\n  lines"), "two lines"),
-    (KeyError("config"), "KeyError 'config'"),
+    (KeyError("config"), "missing 'config'"),
     (EOFError(), "EOFError"),
     (SystemExit("its own line"), None),
 ])

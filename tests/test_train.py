@@ -450,7 +450,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_one_line(runs, tmp_path):
-    with pytest.raises(SystemExit, match="8 is no multiple of 1 processes x 3 parts"):
+    with pytest.raises(SystemExit, match=r"--batch-size 8 \(stage vae\) is no multiple of 3, the processes times"):
         train.main(mixar(runs, tmp_path / "run", "--steps", 1, "--accumulate", 3))
 
 
@@ -603,9 +603,9 @@ def test_models_that_do_not_go_together_are_one_line(runs, tmp_path):
     torch.save(golden.official("maskbit_tokenizer_tiny"), tmp_path / "vq.pth")
     torch.save(golden.official("maskbit_generator_tiny_postnorm"), tmp_path / "prior.pth")
     start = mixar(runs, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="vq.pth: 2 levels, expected the 3"):
+    with pytest.raises(SystemExit, match="vq.pth has 2 levels; what it is used with has 3"):
         train.main([*start, "--vq", str(tmp_path / "vq.pth")])
-    words = r"prior.pth: \(16, .*\) tokens, bits and classes, expected the \(64, 8, 10\)"
+    words = r"prior.pth has \(16, .*\) tokens, bits and classes; .* \(64, 8, 10\)"
     with pytest.raises(SystemExit, match=words):
         train.main([*start, "--prior", str(tmp_path / "prior.pth")])
 
