@@ -450,7 +450,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_one_line(runs, tmp_path):
-    with pytest.raises(SystemExit, match=r"--batch-size 8 \(stage vae\) is no multiple of 3, the processes times"):
+    words = r"--batch-size 8 \(stage vae\) is no multiple of 3, the processes times"
+    with pytest.raises(SystemExit, match=words):
         train.main(mixar(runs, tmp_path / "run", "--steps", 1, "--accumulate", 3))
 
 
