@@ -79,7 +79,8 @@ def quantiser_losses(z, codebook, all_mean=lambda q: q):
     with torch.autocast(z.device.type, enabled=False):
         logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
     p = logits.softmax(-1)
-    return commitment, entropy(p).mean(), entropy(all_mean(p.mean(0)))
+    mean_p = all_mean(p.mean(0))                                     # (2^d_d,)
+    return commitment, entropy(p).mean(), entropy(mean_p)
 
 
 norm = partial(nn.GroupNorm, eps=1e-6)
