@@ -1,22 +1,19 @@
-"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper, and what Eqs. (3), (4), (6), (7) do to tokens.
+"""Discrete-continuous mixing: Eqs. (8) to (12), sections 3.3 and 3.4 of the paper.
 
-Pure functions on tensors. Every random number is an argument; nothing here draws one and nothing
-here changes its inputs.
-
-    Eq. (3)   masked_loss      the prior's loss
-    Eq. (4)   prior_guidance, least_certain   how the guidance grows while the prior draws X_d, which codes it draws again
-    Eq. (6)   hidden_after     how many X_c each AR step leaves hidden
-    Eq. (7)   reparameterize, quantise   x_c and x_d from what the encoders put out; losses
-    Eq. (8)   sample_mask      which tokens to predict
-    Eq. (9)   dc_mix           x_d where the mask is 1, x_c elsewhere      (DC-Mix)
+    Eq. (8)   sample_mask      which positions are masked
+    Eq. (9)   dc_mix           x_d at masked positions, x_c elsewhere              DC-Mix
     Eq. (10)  mask_discrete    the discrete tokens with the mask token t_m
-    Eq. (11)  predict_masked   g_M fills the masked discrete tokens
-    Eq. (12)  ti_mix           part truth, part generated                 (TI-Mix)
+    Eq. (11)  predict_masked   g_M predicts the masked discrete tokens
+    Eq. (12)  ti_mix           part ground truth, part predicted                   TI-Mix
 
-Reads nothing, feeds tokenizers.py, backbone.py, train.py and sample.py. Read backbone.py next.
-Try: python -m pytest tests/test_mixing.py -q
+All functions are pure. Their random numbers are arguments, and no argument is changed.
 
-B batch, N tokens, d_c / d_d channels of x_c / x_d, S bit groups (`splits`) of e = d_d / S bits, m True = to predict.
+Reads tokenizers.py (bits and codes). Feeds backbone.py, train.py and sample.py.
+Read diffusion_head.py next.
+Try: python -m pytest -q -k "eq08 or eq09 or eq10 or eq11 or eq12"
+
+B batch, N tokens, d_c and d_d channels of x_c and x_d. A token's d_d bits form S groups of e bits.
+m is the mask: True means "to predict".
 """
 import math
 
@@ -26,35 +23,53 @@ from scipy.special import ndtr, ndtri
 import tokenizers
 
 
-def check_mask(m, *tensors):
-    """ValueError unless m is (B, N) bool and every tensor is (B, N, d) with one common d."""
+def check_mask(m, *tokens):
+    """Nothing, if the mask fits the tokens.
+
+    m: (B, N) bool
+    tokens: tensors (B, N, d), all of one shape
+    ValueError otherwise.
+    """
     if m.dtype != torch.bool or m.dim() != 2:
         raise ValueError(f"the mask must be (B, N) bool, got {tuple(m.shape)} {m.dtype}")
-    for x in tensors:
-        if x.shape[:-1] != m.shape or x.shape != tensors[0].shape:
-            raise ValueError(f"tokens {[tuple(x.shape) for x in tensors]} do not fit the mask {tuple(m.shape)}")
+    for x in tokens:
+        if x.shape[:-1] != m.shape or x.shape != tokens[0].shape:
+            shapes = [tuple(x.shape) for x in tokens]
+            raise ValueError(f"tokens {shapes} do not fit the mask {tuple(m.shape)}")
 
 
 def mask_ratio(u, low=0.7):
-    """Quantile u of p(r), a normal of mean 1 and deviation 0.25 cut to [low, 1].   [MAR]
+    """The mask ratio r of Eq. (8), by inverting the distribution function of p(r) at u.   [MAR]
 
-    u float in [0, 1] -> float in [low, 1]. The paper leaves p(r) open (section 3.1).
+    p(r) is a normal distribution of mean 1 and deviation 0.25, cut to [low, 1]. The paper leaves it
+    open (section 3.1). One r serves a whole batch, so that every image hides as many tokens.
+
+    u: float in [0, 1]
+    Returns a float in [low, 1].
     """
-    bottom = ndtr((low - 1) / 0.25)
-    return float(1 + 0.25 * ndtri(bottom + u * (0.5 - bottom)))
+    at_low = ndtr((low - 1) / 0.25)
+    at_one = 0.5
+    return float(1 + 0.25 * ndtri(at_low + u * (at_one - at_low)))
 
 
 def hide(order, count):
-    """The first `count` entries of each row's order are hidden.   order (B, N) permutations -> (B, N) bool."""
-    hidden = torch.arange(order.shape[1], device=order.device).expand_as(order) < count
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, hidden)
+    """The mask that hides the first `count` positions of each row's order.
+
+    order: (B, N) int, a permutation in each row
+    Returns (B, N) bool.
+    """
+    first = torch.arange(order.shape[1], device=order.device).expand_as(order) < count
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first)
 
 
 def sample_mask(order, ratio):
-    """Eq. (8): m^i = 1 for the N' = ceil(r N) chosen positions, 0 otherwise.   [paper 3.3]
+    """Eq. (8): m^i = 1 at N' = ceil(r N) randomly selected positions, 0 elsewhere.   [paper 3.3]
 
-    order (B, N) one random permutation per image, ratio float in [0, 1] -> m (B, N) bool.
-    The chosen positions are the first N' of the order [MAR]. ValueError on a ratio outside [0, 1].
+    The selected positions are the first N' of a random order.   [MAR]
+
+    order: (B, N) int, a random permutation for each image
+    ratio: r, float in [0, 1]
+    Returns m (B, N) bool. ValueError if r lies outside [0, 1].
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"the mask ratio must lie in [0, 1], got {ratio}")
@@ -62,70 +77,97 @@ def sample_mask(order, ratio):
 
 
 def pad(x_d, d_c):
-    """Zero-pad the bits from d_d to d_c channels, zeros last (section 4.2, "padded discrete tokens").
+    """x_d with zeros appended to d_c channels: the "padded discrete tokens" of section 4.2.
 
-    x_d (B, N, d_d) -> (B, N, d_c). ValueError if d_d > d_c: Eq. (9) needs room for every bit.
+    x_d: (B, N, d_d)
+    Returns (B, N, d_c). ValueError if d_d > d_c, since Eq. (9) needs room for every bit.
     """
     d_d = x_d.shape[-1]
     if d_d > d_c:
-        raise ValueError(f"d_d = {d_d} bits do not fit into d_c = {d_c} channels; Eq. (9) needs d_d <= d_c")
+        raise ValueError(f"Eq. (9) needs d_d <= d_c: {d_d} bits do not fit into {d_c} channels")
     return torch.nn.functional.pad(x_d, (0, d_c - d_d))
 
 
 def dc_mix(x_c, x_d, m):
     """Eq. (9): x~^i = x_d^i where m^i = 1, x_c^i where m^i = 0.   [paper 3.3]
 
-    x_c, x_d (B, N, d_c), m (B, N) bool -> (B, N, d_c). ValueError on any other shapes; pad x_d first.
+    x_c, x_d: (B, N, d_c), x_d padded by `pad`
+    m: (B, N) bool
+    Returns x~ (B, N, d_c). ValueError on any other shapes.
     """
     check_mask(m, x_c, x_d)
     return torch.where(m[..., None], x_d, x_c)
 
 
 def mask_discrete(x_d, m):
-    """Eq. (10): x_d'^i = t_m where m^i = 1, x_d^i where m^i = 0; t_m is all bits 0.   [paper 3.4] [MaskBit]
+    """Eq. (10): x'_d^i = t_m where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    x_d (B, N, d_d) bits in {-1, +1}, m (B, N) bool -> (B, N, d_d) in {-1, 0, +1}. ValueError on other shapes.
+    The mask token t_m has all bits 0.   [MaskBit]
+
+    x_d: (B, N, d_d) bits in {-1, +1}
+    m: (B, N) bool
+    Returns x'_d (B, N, d_d) in {-1, 0, +1}. ValueError on any other shapes.
     """
     check_mask(m, x_d)
     return torch.where(m[..., None], 0.0, x_d)
 
 
 def sample_codes(logits, u):
-    """Draw one code per group by inverting the cumulative distribution at u.
+    """A code of each group, sampled from its logits by inverting the cumulative distribution.
 
-    logits (..., 2^e), u (...) uniform in [0, 1) -> int64 (...) in 0..2^e - 1. Computed in float64.
+    logits: (..., 2^e)
+    u: (...) uniform in [0, 1)
+    Returns int64 (...) in 0 .. 2^e - 1. It is computed in float64.
     """
     cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    codes = torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0]
+    return codes.clamp(max=logits.shape[-1] - 1)
 
 
 def predict_masked(g_M, x_d, m, y, u):
-    """Eqs. (10), (11): x_hat = g_M(x_d'), generated where m^i = 1, equal to x_d elsewhere.   [paper 3.4]
+    """Eqs. (10) and (11): x^_d = g_M(x'_d) where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    g_M maps (x_d' (B, N, d_d), y (B,)) to logits (B, N, S, 2^e); its prediction is sampled in one
-    forward pass without gradient [ours]. u (B, N, S) uniform in [0, 1). -> x_hat (B, N, d_d).
+    The prediction is sampled, in one forward pass and without gradient.   [ours]
+
+    g_M: maps x'_d (B, N, d_d) and y to logits (B, N, S, 2^e)
+    x_d: (B, N, d_d) bits in {-1, +1}
+    m: (B, N) bool
+    y: (B,) int, the classes
+    u: (B, N, S) uniform in [0, 1)
+    Returns x^_d (B, N, d_d).
     """
     with torch.no_grad():
-        logits = g_M(mask_discrete(x_d, m), y)                               # (B, N, S, 2^e)
-    x_hat = tokenizers.codes_to_bits(sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
+        logits = g_M(mask_discrete(x_d, m), y)                       # (B, N, S, 2^e)
+    bits_per_group = x_d.shape[-1] // logits.shape[2]
+    x_hat = tokenizers.codes_to_bits(sample_codes(logits, u), bits_per_group)
     return torch.where(m[..., None], x_hat, x_d)
 
 
 def ti_mix(x_d, x_hat, m, rho, lam):
-    """Eq. (12): where m^i = 1, x_d^i if rho^i < lambda and x_hat^i if rho^i >= lambda; elsewhere x_d^i.
+    """Eq. (12): where m^i = 1, x_d^i if rho^i < lambda and x^_d^i otherwise; x_d^i where m^i = 0.
 
-    x_d, x_hat (B, N, d_d), m (B, N) bool, rho (B, N) in [0, 1), lam in [0, 1] -> (B, N, d_d).
-    The paper prints x~_d on both sides of the first case; it is x_d (Fig. 5) [erratum].
+    The paper prints x~_d on both sides of the first case. It is x_d (Fig. 5).   [erratum]
+
+    x_d, x_hat: (B, N, d_d) bits
+    m: (B, N) bool
+    rho: (B, N) uniform in [0, 1)
+    lam: lambda, float in [0, 1], the share of ground truth
+    Returns x~_d (B, N, d_d). ValueError on any other shapes or lambda.
     """
     check_mask(m, x_d, x_hat)
     if rho.shape != m.shape:
         raise ValueError(f"rho {tuple(rho.shape)} does not fit the mask {tuple(m.shape)}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lambda must lie in [0, 1], got {lam}")
-    return torch.where((m & (rho >= lam))[..., None], x_hat, x_d)
+    generated = m & (rho >= lam)
+    return torch.where(generated[..., None], x_hat, x_d)
 
 
 def ti_lambda(step, steps):
-    """lambda falls linearly from 1 at step 0 to 0 at the last step.   [ours]; the paper says only that it falls."""
-    return 1 - step / max(steps - 1, 1)
+    """lambda of Eq. (12), falling linearly from 1 at the first step to 0 at the last.   [ours]
 
+    The paper only says that it falls (section 3.4).
+
+    step: int in 0 .. steps - 1
+    """
+    return 1 - step / max(steps - 1, 1)

@@ -1,19 +1,18 @@
 """Training: one loop for the four models, in the order of the paper's Fig. 3 (left).
 
-    images -> KL-VAE, bit tokenizer (Eq. 7) -> token cache -> prior p_phi(X_d) (Eq. 3) -> MixAR (Eqs. 5, 6, 8 to 12)
+    vae, vq    the tokenizers, Eq. (7)          cache    x_c and x_d of every picture
+    prior      p_phi(X_d), Eq. (3)              mixar    p_theta(X_c | X_d), Eqs. (5) to (12)
 
-What a data set needs once lies in runs/DATA/ (vae, vq, tokens, prior) and is shared by every guidance;
-the run itself lies in runs/DATA-GUIDANCE[-ti]/. A stopped run started again goes on where it was.
+Stages vae to prior lie in runs/DATA for all guidances, stage mixar in runs/DATA-GUIDANCE. A stopped
+run goes on where it was. torch.distributed and AMP are in this file, too.
 
-Reads every other file but fid.py, writes runs/. `mixar_loss` is the step of the paper. Read sample.py next.
+Reads all files above it, writes runs/. Read `mixar_loss` first, then `fit`, then sample.py.
 Try: torchrun train.py --guidance dcmix
 
-B global batch, N tokens, N' = ceil(r N) masked ones, R diffusion draws per token; m True = to predict.
+B global batch, N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
 import copy
-import csv
-import ctypes
 import gc
 import math
 import os
@@ -21,45 +20,144 @@ import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import backbone
 import mixing
 import tokenizers
+from diffusion_head import T
+
+LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
+CLIP = 3.0                   # largest norm of the gradient                    [MAR]
+EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
+LOG_EVERY = 10               # steps between rows of log.csv
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SEED_DISTANCE = 10_000_019   # no two (seed, step) have the same random numbers below so many steps
+
+# The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
+# along a cosine. `draws` is R.                                                [ours]
+TINY = dict(
+    vae=dict(steps=1000, batch=16, lr=4e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
+    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
+    prior=dict(steps=2000, batch=32, lr=1e-3, warmup=50, anneal=True, betas=(0.9, 0.96),
+               decay=0.045),
+    mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
+               decay=0.02, draws=1))
+# 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
+LARGE = dict(mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False,
+                        betas=(0.9, 0.95), decay=0.02, draws=4))
+RECIPES = dict(tiny=TINY, base=LARGE, large=LARGE, huge=LARGE)
 
 
-# length, batch and rates of each model; a warm-up below 1 is a share of the length. tiny [ours]; the others: MixAR's alone,
-# lr for `per` images [MAR]; their vae, vq and prior come as files.
-LARGE = dict(mixar=dict(epochs=400, batch=2048, draws=4, lr=1e-4, per=256, betas=(0.9, 0.95), decay=0.02, warmup=0.25, anneal=False))
+def mixar_loss(model, batch, rng, step, prior, args):
+    """The training step of the paper: the loss of a batch, a mean over its masked tokens.
+
+    batch: mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), the classes y (B,)
+    rng: the random numbers of this step, see `Rng`
+    prior: g_M of Eq. (11), needed with --ti-mix
+    """
+    mean, std, x_d, y = batch
+    _, N, d_c = mean.shape
+    R = args.recipe["mixar"]["draws"]
+    x_c = tokenizers.reparameterize(mean, std, rng(torch.randn, N, d_c))     # Eq. (7)
+    ratio = mixing.mask_ratio(float(rng.shared(torch.rand, 1)))
+    m = mixing.sample_mask(rng(torch.rand, N).argsort(1), ratio)             # Eq. (8)
+    drop = rng(torch.rand) < LABEL_DROP
+    if args.ti_mix:
+        u = rng(torch.rand, N, prior.splits)
+        x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
+        lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
+        x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12)
+    x = model.mix(x_c, x_d, m)                                               # Eq. (9)
+    z = model(x, x_d, m, y, drop)                                            # Eq. (6)
+
+    # t and noise are drawn image by image, then laid out as the rows of z[m]
+    n_masked = int(m[0].sum())                                               # N'
+    t = (rng(torch.rand, R, n_masked) * T).long()                            # (B, R, N')
+    t = t.transpose(0, 1).flatten(1)                                         # (R, B N')
+    noise = rng(torch.randn, R, n_masked, d_c)                               # (B, R, N', d_c)
+    noise = noise.transpose(0, 1).flatten(1, 2)                              # (R, B N', d_c)
+    return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
 
 
-RECIPES = {
-    "tiny": dict(vae=dict(steps=1000, batch=16, lr=4e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 vq=dict(steps=600, batch=16, lr=3e-4, betas=(0.9, 0.95), decay=0.0, warmup=20, anneal=True),
-                 prior=dict(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.96), decay=0.045, warmup=50, anneal=True),
-                 mixar=dict(steps=2200, batch=32, draws=1, lr=6e-4, betas=(0.9, 0.95), decay=0.02, warmup=50, anneal=False)),
-    "base": LARGE, "large": LARGE, "huge": LARGE,
-}
+def training_mask(u_ratio, u_code):
+    """Eq. (3)'s mask (B, N, S): a code is hidden with probability acos(u) / (pi / 2).   [MaskBit]
+
+    u_ratio: (B,) uniform, the u of each image
+    u_code: (B, N, S) uniform
+    """
+    probability = torch.acos(u_ratio) / (math.pi / 2)
+    return u_code < probability[:, None, None]
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with anneal, a cosine down to 10 % [MaskBit]."""
-    warmup = recipe["warmup"] * (recipe["steps"] if recipe["warmup"] < 1 else 1)
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
-    return rate * (0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])) if recipe["anneal"] else rate
+def masked_loss(logits, codes):
+    """Eq. (3): cross-entropy with label smoothing 0.1.   [MaskBit]
+
+    MaskBit takes the mean over all codes, where the paper has the sum over the hidden ones.
+
+    logits: (B, N, S, 2^e)
+    codes: (B, N, S) int
+    """
+    return nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
+
+
+def prior_loss(model, batch, rng, step):
+    """Eq. (3) on one batch: the prior predicts the codes behind a random mask."""
+    _, _, x_d, y = batch
+    codes = tokenizers.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))  # (B, N, S)
+    hidden = training_mask(rng(torch.rand), rng(torch.rand, *codes.shape[1:]))
+    e = model.bits // model.splits
+    shown = torch.where(hidden, 2 ** e, codes)                               # 2^e means "masked"
+    x = tokenizers.codes_to_bits(shown, e)                                   # (B, N, bits)
+    drop = rng(torch.rand) < LABEL_DROP
+    return masked_loss(model(x, y, drop), codes)
+
+
+def vae_loss(model, batch, rng, step):
+    """Squared error and KL. The released VAE has perceptual and adversarial terms, too.   [ours]"""
+    x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
+    mean, logvar = (a.float() for a in model.encode(x))
+    noise = rng(torch.randn, *mean.shape[1:])
+    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise))
+    kl = tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+    return (x - y).square().mean() + 1e-4 * kl
+
+
+def vq_loss(model, batch, rng, step):
+    """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
+    x = batch[0]
+    z = model.encode(x).float()
+    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight through
+    codebook = model.quantize.codebook
+    commitment, per_token, of_mean = tokenizers.quantiser_losses(z, codebook, mean_over_ranks)
+    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_token - of_mean)
+
+
+class Loss(nn.Module):
+    """A loss as a module, so that DistributedDataParallel sees one forward call."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, *batch)
 
 
 def world():
-    """This process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """The rank of this process, and how many processes there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def barrier():
@@ -67,115 +165,8 @@ def barrier():
         dist.barrier()
 
 
-def autocast(amp, device):
-    """The context of `--amp`: auto is bf16 on CUDA and on CPUs with bf16 instructions, else fp32."""
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "fp32")
-
-
-def on_device(device):
-    """The argparse type of --device: "cuda" is the GPU of this process, which is made the current one. SystemExit on what is not there."""
-    if device == "cpu":
-        return device
-    name, there = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device, [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in there:
-        raise SystemExit(f"--device {device}: no such device here; use {', '.join(['cpu', *there])}")
-    torch.cuda.set_device(name)
-    return name
-
-
-@contextmanager
-def processes():
-    """Inside, what torchrun started is one group, and glibc keeps freed memory: fresh pages took a fifth of a training step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD: nothing goes back to the system
-    if "LOCAL_RANK" in os.environ:                                           # one process may wait long for another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
-    yield
-    if dist.is_initialized():
-        gc.collect()                                                         # DistributedDataParallel lies in reference cycles and must go before its group
-        dist.destroy_process_group()                                         # without it a process may abort at its end
-
-
-def within(low, high=math.inf, kind=float):
-    """The argparse type of a number in [low, high]: within(0, 1) takes "0.7", within(1, kind=int) no 0."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:                                         # nor nan
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    return number
-
-
-def mixar_loss(model, batch, draw, step, prior, args):
-    """Eqs. (7) to (12), (6), (5) on one batch -> mean loss per masked token.
-
-    batch: mean, deviation of x_c (B, N, d_c), x_d (B, N, d_d), y (B,); draw(f, *shape): f's random numbers (B, *shape).
-    """
-    mean, std, x_d, y = batch
-    (N, d_c), recipe = mean.shape[1:], args.recipe["mixar"]
-    x_c = tokenizers.reparameterize(mean, std, draw(torch.randn, N, d_c))    # (B, N, d_c)   Eq. (7)
-    ratio = mixing.mask_ratio(float(draw.shared(torch.rand, 1)), args.min_mask)
-    m = mixing.sample_mask(draw(torch.rand, N).argsort(1), ratio)            # (B, N)        Eq. (8)
-    drop = draw(torch.rand) < args.label_drop
-    x_g = x_d
-    if args.ti_mix:
-        x_hat = mixing.predict_masked(prior, x_d, m, y, draw(torch.rand, N, prior.splits))   # Eqs. (10), (11)
-        lam = mixing.ti_lambda(step, recipe["steps"])
-        x_g = mixing.ti_mix(x_d, x_hat, m, draw(torch.rand, N), lam)         # Eq. (12)
-    z = model(x_c, x_g, m, y, drop)                                          # (B, N, D)     Eqs. (6), (9)
-    R, N_masked = recipe["draws"], int(m[0].sum())                           # drawn per image, then laid out as the rows of z[m]
-    t = (draw(torch.rand, R, N_masked) * 1000).long().transpose(0, 1).flatten(1)         # (R, B N')
-    noise = draw(torch.randn, R, N_masked, d_c).transpose(0, 1).flatten(1, 2)            # (R, B N', d_c)
-    return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
-
-
-def training_mask(u_ratio, u_code):
-    """MaskBit's training mask: each code hidden with probability acos(u) / (pi/2), u one draw per image.
-
-    u_ratio (B,), u_code (B, N, S), uniform -> (B, N, S) bool.
-    """
-    return u_code < (torch.acos(u_ratio) / (math.pi / 2))[:, None, None]
-
-
-def masked_loss(logits, codes):
-    """Eq. (3) as MaskBit trains it: cross-entropy with label smoothing 0.1, over all codes.   [MaskBit]
-
-    logits (B, N, S, 2^e), codes (B, N, S) int -> scalar. The paper's sum is over the hidden codes alone.
-    """
-    return cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1)
-
-
-def prior_loss(model, batch, draw, step, label_drop=0.1):
-    """Eq. (3): predict the codes behind a random mask."""
-    _, _, x_d, y = batch
-    codes = tokenizers.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))     # (B, N, S)
-    mask = training_mask(draw(torch.rand), draw(torch.rand, *codes.shape[1:]))
-    x = tokenizers.codes_to_bits(torch.where(mask, model.codes, codes), model.bits // model.splits)
-    return masked_loss(model(x, y, draw(torch.rand) < label_drop), codes)
-
-
-def vae_loss(model, batch, draw, step):
-    """Reconstruction (MSE) and KL of the continuous tokenizer.   [ours]; the released VAE has perceptual and GAN terms"""
-    x = batch[0] * 2 - 1
-    mean, logvar = (a.float() for a in model.encode(x))
-    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), draw(torch.randn, *mean.shape[1:])))
-    return (x - y).square().mean() + 1e-4 * tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
-
-
-def vq_loss(model, batch, draw, step):
-    """Reconstruction (MSE, weight 4) and quantiser losses of the bit tokenizer.   [MaskBit], but for perceptual, GAN and early entropy weights [ours]"""
-    x = batch[0]
-    z = model.encode(x).float()
-    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight-through
-    commitment, per_sample, average = tokenizers.quantiser_losses(z, model.quantize.codebook, mean_over_ranks)
-    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_sample - average)
-
-
 def mean_over_ranks(q):
-    """The value is the mean over ranks; the gradient flows through this rank's own q, which DDP then averages."""
+    """The mean of q over the processes; its gradient is that of this process's own q."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -183,14 +174,76 @@ def mean_over_ranks(q):
     return q + (total / dist.get_world_size() - q).detach()
 
 
-class Draw:
-    """The random numbers of one step for the global batch, a function of (seed, step); each part of each rank's share keeps its rows."""
+def parallel(module):
+    """The module in DistributedDataParallel, where there are several processes."""
+    return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
+
+
+def exit_on_signal(received=()):
+    """From now on Ctrl-C or SIGTERM, or one received before, ends the program at once.
+
+    The exit code is the one that shells expect.
+    """
+    def stop(number, frame):
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    for number in received:
+        stop(number, None)
+
+
+def remember_signals():
+    """From now on Ctrl-C or SIGTERM only adds its number to the list that this returns."""
+    received = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
+@contextmanager
+def process_group():
+    """Inside, the processes that torchrun started are one group."""
+    exit_on_signal()
+    if "LOCAL_RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # one process may draw pictures for hours while the others wait
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    yield
+    if dist.is_initialized():
+        # DistributedDataParallel lies in reference cycles and must go before its group
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def autocast(amp, device):
+    """The precision of --amp: auto is bf16 on CUDA and on CPUs that compute in it, else fp32."""
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = device.type == "cuda" or cpu.get("amx_tile") or cpu.get("avx512_bf16")
+    if amp == "auto" and not has_bf16:
+        amp = "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp != "fp32")
+
+
+class Rng:
+    """The random numbers of a step: a function of (seed, step).
+
+    rng(f, *shape) draws f's numbers (B, *shape) for the global batch and returns those of the rows
+    that belong to this process, or to part `part` of its `parts` (--accumulate).
+    rng.shared(f, *shape) returns the same numbers to all.
+    """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
         rank, ranks = world()
-        k, of = rank * parts + part, ranks * parts
-        self.B, self.device, self.rows = B, device, slice(k * B // of, (k + 1) * B // of)
-        self.generator = torch.Generator(device).manual_seed(seed * 10_000_019 + step)           # a prime: no two seeds share steps below it
+        piece = rank * parts + part
+        pieces = ranks * parts
+        self.B = B
+        self.device = device
+        self.rows = slice(piece * B // pieces, (piece + 1) * B // pieces)
+        self.generator = torch.Generator(device).manual_seed(seed * SEED_DISTANCE + step)
 
     def shared(self, f, *shape):
         return f(shape, generator=self.generator, device=self.device)
@@ -199,369 +252,410 @@ class Draw:
         return self.shared(f, self.B, *shape)[self.rows]
 
 
-def draw_batches(args, get_batch, n, B, step, parts):
-    """This rank's share of step `step` in `parts` parts -> [(batch, draw)]; seeds dropout, the one thing not drawn by `draw`.
+@lru_cache(maxsize=1)
+def data_order(seed, epoch, n):
+    return np.random.RandomState([seed, epoch]).permutation(n)
 
-    The order of the n pictures is a function of (seed, epoch); every epoch leaves out its last n mod B.
+
+def step_batches(args, get_batch, n, B, step, parts):
+    """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
+
+    Every epoch leaves out its last n mod B pictures. Dropout is seeded here, apart from `Rng`.
     """
-    (rank, ranks), (epoch, k) = world(), divmod(step, max(n // B, 1))
-    torch.manual_seed(2 ** 31 + (args.seed * 10_000_019 + step) * ranks + rank)                  # apart from the seeds of `Draw`
-    order = np.random.RandomState([args.seed, epoch]).permutation(n)
-    rows = np.resize(order, max(n, B))[k * B:(k + 1) * B]
-    draws = [Draw(args.seed, step, B, torch.device(args.device), part, parts) for part in range(parts)]
-    return [(tuple(a.to(args.device) for a in get_batch(rows[draw.rows], draw)), draw) for draw in draws]
+    rank, ranks = world()
+    torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + step) * ranks + rank)
+    epoch, k = divmod(step, max(n // B, 1))
+    order = data_order(args.seed, epoch, n)
+    if n < B:
+        order = np.resize(order, B)                                          # pictures repeat
+    pictures = order[k * B:(k + 1) * B]
+    batches = []
+    for part in range(parts):
+        rng = Rng(args.seed, step, B, torch.device(args.device), part, parts)
+        batch = get_batch(pictures[rng.rows], rng)
+        batches.append((tuple(a.to(args.device) for a in batch), rng))
+    return batches
 
 
-class Loss(nn.Module):
-    """A loss as a module, so that DistributedDataParallel sees one forward call."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, *batch):
-        return self.loss(self.model, *batch)
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
+    warmup = recipe["warmup"]
+    if warmup < 1:
+        warmup *= recipe["steps"]
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    if recipe["anneal"]:
+        rate *= 0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])
+    return rate
 
 
 def make_optimizer(model, recipe):
-    """AdamW; decay only on matrices and tables outside the diffusion head.   [MAR]"""
-    decays = lambda name, p: p.ndim > 1 and "diffloss" not in name
-    groups = [dict(params=[p for n, p in model.named_parameters() if decays(n, p) == flag], weight_decay=recipe["decay"] * flag) for flag in (True, False)]
+    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]"""
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "diffloss" in name]
+    groups = [dict(params=decayed, weight_decay=recipe["decay"]),
+              dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
 
 
-@torch.no_grad()
-def update_ema(ema, model, n, decay):
-    """The n-th moving average (n from 0), decay min(decay, (1 + n) / (10 + n))."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - min(decay, (1 + n) / (10 + n)))
-
-
-class Log:
-    """Progress bar, log.csv (rows after the resumed step are dropped) and, with --tensorboard, an event file beside it."""
-
-    def __init__(self, folder, kind, step, steps, B, args):
-        folder.mkdir(parents=True, exist_ok=True)
-        path, self.B, self.every, self.board = folder / "log.csv", B, args.log_every, None
-        rows = [row for row in csv.reader(path.open()) if len(row) == 6 and row[0].isdigit() and row[5] and int(row[0]) <= step] if path.is_file() else []
-        self.before, self.writer = float(rows[-1][-1]) if rows else 0.0, csv.writer(path.open("w", newline="", buffering=1))         # row by row
-        self.writer.writerows([["step", "loss", "lr", "grad_norm", "images_per_second", "seconds"], *rows])
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise SystemExit("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-            self.board = SummaryWriter(folder)
-        self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
-
-    def write(self, step, loss, lr, grad_norm):
-        self.bar.update()
-        if step % self.every and step < self.bar.total:
-            return
-        seconds, done = self.bar.format_dict["elapsed"], step - self.bar.initial
-        self.bar.set_postfix(loss=f"{loss:.4f}")
-        self.writer.writerow([step, round(loss, 6), f"{lr:.4g}", round(grad_norm, 4), round(done * self.B / seconds, 1), round(self.before + seconds, 2)])
-        if self.board:
-            for name, value in (("loss", loss), ("lr", lr), ("grad_norm", grad_norm)):
-                self.board.add_scalar(name, value, step)
+def update_ema(ema, model, n, decay=EMA_DECAY):
+    """Update n (from 0) of the moving average. The first ones forget the start faster.   [ours]"""
+    average = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
+    average(list(ema.parameters()), list(model.parameters()), n)
 
 
 class State:
-    """What last.pt holds: model, moving average, optimiser and scaler after `step` steps; ema_start averages were before them.
+    """A model in training: weights, moving average and optimiser after `step` steps.
 
-    From folder/last.pt, else with the weights of another checkpoint or run, `init`, else new. SystemExit on a file that is
-    damaged, foreign or of other settings, and if there is no model of this configuration.
+    before: the steps of the run that this one was started from with --init, "ema_start" in files
     """
 
     def __init__(self, args, kind, folder, config, meta, init):
-        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"], tokens=meta.get("tokens"))
+        self.path = folder / "last.pt"
+        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"],
+                        tokens=meta.get("tokens"))
         self.about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
-        self.path, self.step, self.ema_start = folder / "last.pt", 0, 0
+        self.step = 0
+        self.before = 0
         torch.manual_seed(args.seed)
-        try:
-            self.model = backbone.KINDS[kind](**config).to(args.device, memory_format=torch.channels_last)         # convolutions run faster so
-        except ValueError as error:                                          # more bits than channels
-            raise SystemExit(str(error)) from None
-        self.model.recompute = args.checkpoint_activations                   # which only MixAR does
+        # convolutions are faster with the channels last
+        model = backbone.KINDS[kind](**config)
+        self.model = model.to(args.device, memory_format=torch.channels_last)
+        self.model.checkpoint_activations = args.checkpoint_activations      # only MAR has it
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[kind])
-        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == "fp16")
-        resumed = self.path.is_file()
-        if not (resumed or init):
-            return
-        source = self.path if resumed else Path(init) / "last.pt" if Path(init).is_dir() else Path(init)
-        saved = backbone.load_checkpoint(source, kind)
-        if resumed and saved.get("settings") != settings:
-            raise SystemExit(f"{source} was made with {saved.get('settings')}, not with {settings}; choose another --out or --runs folder")
-        backbone.load_weights(self.model, saved["model"], source)
-        backbone.load_weights(self.ema, saved["ema"], source)
-        self.ema_start = saved["ema_start"] + (0 if resumed else saved["step"])
-        if resumed:
+        if self.path.is_file():
+            saved = self.load(self.path, kind)
+            tokenizers.check_same(self.path, saved["settings"], settings)
             self.step = saved["step"]
+            self.before = saved["ema_start"]
+        elif init:
+            saved = self.load(init, kind)
+            self.before = saved["ema_start"] + saved["step"]
+
+    def load(self, path, kind):
+        saved = backbone.load_checkpoint(path, kind)
+        with tokenizers.reading(path, f"{kind} checkpoint that fits this run"):
+            self.model.load_state_dict(saved["model"])
+            self.ema.load_state_dict(saved["ema"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            if saved["scaler"]:                                              # empty but after fp16
-                self.scaler.load_state_dict(saved["scaler"])
+        return saved
+
+    def set_rate(self, recipe, step):
+        lr = learning_rate(recipe, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
 
     def save(self):
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "scaler")}
-        saved = self.about | dict(step=self.step, ema_start=self.ema_start) | parts
-        tokenizers.write_whole(self.path, lambda file: torch.save(saved, file))
+        """Write last.pt, which holds these keys and those of `about`."""
+        saved = self.about | dict(
+            step=self.step, ema_start=self.before, model=self.model.state_dict(),
+            ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+        tokenizers.write_whole(self.path, partial(torch.save, saved))
 
 
-def update(args, ddp, model, optimizer, scaler, parts, step):
-    """One step of the optimiser on `parts` [(batch, draw)] of one batch -> loss over all ranks, gradient norm, whether taken: both are finite."""
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=parts[0][1].device)
-    for batch, draw in parts:
-        ddp.require_backward_grad_sync = batch is parts[-1][0]               # ranks talk once a step
-        with autocast(args.amp, draw.device):
-            loss = ddp(batch, draw, step) / len(parts)
-        scaler.scale(loss).backward()
+class Log:
+    """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
+
+    def __init__(self, folder, kind, step, steps, B, args):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.csv"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        # neither the header nor a torn row
+        rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
+        rows = [row for row in rows if int(row.split(",")[0]) <= step]
+        self.file = path.open("w", buffering=1)                              # row by row
+        head = "step,loss,lr,grad_norm,images_per_second,seconds"
+        self.file.write("\n".join([head, *rows]) + "\n")
+        self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
+        self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
+        self.B = B
+        self.board = None
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter                # an optional package
+            self.board = SummaryWriter(folder)
+
+    def write(self, step, loss, lr, norm):
+        self.bar.update()
+        if step % LOG_EVERY and step < self.bar.total:
+            return
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        elapsed = self.bar.format_dict["elapsed"]
+        speed = (step - self.bar.initial) * self.B / elapsed
+        seconds = self.seconds + elapsed
+        self.file.write(f"{step},{loss:.6f},{lr:.4g},{norm:.4f},{speed:.1f},{seconds:.2f}\n")
+        if self.board:
+            self.board.add_scalars("train", dict(loss=loss, lr=lr, grad_norm=norm), step)
+
+
+def update(args, ddp, state, batches, stop=False):
+    """One step of state.optimizer on the parts [(batch, rng)] of a batch.
+
+    stop: whether this process was asked to stop
+    Returns the loss over all processes, the gradient's norm, and whether any process has to stop.
+    No step is taken if loss or norm is not finite.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    device = batches[0][1].device
+    total = torch.zeros((), device=device)
+    for k, (batch, rng) in enumerate(batches):
+        # the processes exchange gradients once a step
+        ddp.require_backward_grad_sync = k == len(batches) - 1
+        with autocast(args.amp, device):
+            loss = ddp(batch, rng, state.step) / len(batches)
+        loss.backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-    loss = float(mean_over_ranks(total))
-    taken = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())         # fp16's scaler leaves out overflows itself
-    if taken:
-        scaler.step(optimizer)
-    scaler.update()
-    return loss, norm, taken
+    norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), CLIP))
+    asked = torch.tensor(float(stop), device=device)
+    # one exchange for both
+    loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
+    if math.isfinite(loss + norm):
+        state.optimizer.step()
+    return loss, norm, stopping > 0
 
 
 def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, init=None):
-    """Train the model `config` of this kind with `loss` on n pictures to the end of its recipe, going on from folder/last.pt; all is saved there.
+    """Train the model of this kind and config to the end of its recipe, from folder/last.pt on.
 
-    get_batch(rows, draw) -> tensors; preview(ema) draws pictures of what is saved. SystemExit as of State, on 5 non-finite losses in a row, after SIGTERM.
+    n, get_batch: number of pictures; get_batch(pictures, rng) gives the tensors of a batch
+    preview: preview(ema) makes pictures of what is saved
+    meta: what a checkpoint says beside the model, for sample.py
     """
-    (rank, ranks), recipe, stop, bad = world(), args.recipe[kind], [], 0
-    B, steps, parts = recipe["batch"], recipe["steps"], 1 if kind == "vq" else args.accumulate           # vq's entropy is not a mean over images
-    if B % (ranks * parts):
-        raise SystemExit(f"--batch-size {B} is not a multiple of {ranks} processes times --accumulate {parts}")
+    rank, _ = world()
+    recipe = args.recipe[kind]
+    B = recipe["batch"]
+    steps = recipe["steps"]
+    # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
+    parts = 1 if kind == "vq" else args.accumulate
     state = State(args, kind, folder, config, meta, init)
-    ddp = Loss(state.model.train(), loss)
-    ddp = nn.parallel.DistributedDataParallel(ddp) if ranks > 1 else ddp
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    ddp = parallel(Loss(state.model.train(), loss))
     log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
+    # a signal during a step is acted on after it, by all processes together; see `update`
+    received = remember_signals()
+    failed = 0
     while state.step < steps:
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, state.step)
-        batches = draw_batches(args, get_batch, n, B, state.step, parts)
-        value, norm, taken = update(args, ddp, state.model, state.optimizer, state.scaler, batches, state.step)
-        bad = 0 if taken else bad + 1
-        if bad == 5:
-            raise SystemExit(f"{kind}: the loss was not finite ({value}) in 5 steps running, at step {state.step}; none of them was kept. "
-                             f"Lower --lr and start again from {state.path if state.path.is_file() else 'the beginning'}")
-        if taken:
-            update_ema(state.ema, state.model, state.ema_start + state.step, args.ema)
+        # with --init rate, data and average go on, whereas lambda starts again
+        total_step = state.before + state.step
+        lr = state.set_rate(recipe, total_step)
+        batches = step_batches(args, get_batch, n, B, total_step, parts)
+        value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
+        failed = 0 if math.isfinite(value + norm) else failed + 1
+        if failed == 0:
+            update_ema(state.ema, state.model, total_step)
+        elif failed == 5:
+            raise SystemExit(f"{kind}: the loss was not finite in 5 steps running, at step "
+                             f"{state.step}; lower --lr and start again from {state.path}")
         state.step += 1
-        stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=args.device)) > 0
-        pictured = preview and args.sample_every and state.step % args.sample_every == 0 and state.step < steps
+        last = state.step == steps
+        picture = preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
-            log.write(state.step, value, state.optimizer.param_groups[0]["lr"], norm)
-            if state.step % args.save_every == 0 or state.step == steps or stopping or pictured:
+            log.write(state.step, value, lr, norm)
+            if last or stopping or picture or state.step % args.save_every == 0:
                 state.save()
+            if picture and not (last or stopping):
+                preview(state.ema.eval())
         if stopping:
-            raise SystemExit(f"{kind}: stopped by SIGTERM at step {state.step}, saved in {state.path}; start again to go on")
-        if rank == 0 and pictured:
-            preview(state.ema.eval())
+            print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
+            # without a signal of our own, another process has one
+            raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
+    exit_on_signal(received)
     if rank == 0:
         log.bar.close()
-    signal.signal(signal.SIGTERM, previous)
-    if rank == 0 and preview:
-        preview(state.ema.eval())
-    barrier()
-
-
-def done(path, kind, steps):
-    """Whether `path` is a file given with --vae, --vq or --prior, or the folder of a stage with `steps` steps behind it (None: those it was begun for)."""
-    if path.is_file() or not (path / "last.pt").is_file():
-        return path.is_file()
-    saved = backbone.load_checkpoint(path / "last.pt", kind)
-    return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
-
-
-def cache(folder, source, make, batch, **made_with):
-    """Make a cache of all pictures of `source`, by all processes together; see tokenizers.start_cache."""
-    rank, ranks = world()
-    if rank == 0:
-        tokenizers.start_cache(folder, source, make, **made_with)
-    barrier()
-    if not tokenizers.read_json(folder / "meta.json").get("complete"):
-        tokenizers.fill_cache(folder, source, make, batch, rank, ranks)
-        barrier()
-        if rank == 0:
-            tokenizers.finish_cache(folder, source)
-    barrier()
-
-
-def cache_tokens(folder, source, vae, vq, device, batch=None):
-    """Stage cache: Eq. (7) for every picture, and the statistics of x_c."""
-    make = partial(tokenizers.encode, vae=vae, vq=vq, device=device, mirror=source.mirror)
-    cache(folder, source, make, batch or 2 ** 19 // source.size ** 2, vae=tokenizers.fingerprint(vae), vq=tokenizers.fingerprint(vq))
-    if world()[0] == 0 and "mean" not in tokenizers.read_json(folder / "meta.json"):
-        tokenizers.write_statistics(folder, vq.quantize.codebook.shape[1])
+        if preview:
+            preview(state.ema.eval())
     barrier()
 
 
 def train_tokenizer(args, shared, kind, source):
-    """Stage vae or vq: pixels -> tokenizer, and a picture of originals above reconstructions."""
-    import sample                                                            # which imports this file
-    cache(shared / "images", source, lambda pictures: {"pixels": pictures}, 64)
-    pixels, readable = tokenizers.readable(shared / "images", "pixels")
+    """Stage vae or vq, with a picture of originals above their reconstructions."""
+    import sample                                                            # it imports this file
 
-    def get_batch(rows, draw):
-        x = torch.tensor(pixels[readable[rows]]).float() / 255
+    pixels, _ = tokenizers.read_all(source)
+
+    def get_batch(pictures, rng):
+        x = torch.tensor(pixels[pictures]).float() / 255
         if source.mirror:
-            x = torch.where(draw(torch.rand).cpu()[:, None, None, None] < 0.5, x.flip(3), x)
+            flip = rng(torch.rand).cpu() < 0.5
+            x = torch.where(flip[:, None, None, None], x.flip(3), x)
         return (x.contiguous(memory_format=torch.channels_last),)
 
-    @torch.no_grad()
     def preview(ema):
-        x = torch.tensor(pixels[readable[:10]]).to(args.device).float() / 255
-        y = ema.decode(ema.encode(x * 2 - 1)[0]) if kind == "vae" else ema.decode(tokenizers.quantise(ema.encode(x))) * 2 - 1
-        sample.save_grid(torch.cat([(x * 255).byte(), sample.to_bytes(y)]), shared / kind / "reconstructions.png", len(x))
+        path = shared / kind / "reconstructions.png"
+        sample.save_reconstructions(path, kind, ema, torch.tensor(pixels[:10]))
 
-    config, loss = backbone.PRESETS[args.preset][kind], vae_loss if kind == "vae" else vq_loss
-    fit(args, kind, shared / kind, config, loss, len(readable), get_batch, preview)
+    config = backbone.PRESETS[args.preset][kind]
+    loss = vae_loss if kind == "vae" else vq_loss
+    fit(args, kind, shared / kind, config, loss, len(pixels), get_batch, preview)
 
 
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
-    config = dict(N=tokens.indices[0, 0].size, bits=tokens.meta["bits"], classes=len(tokens.classes)) | backbone.PRESETS[args.preset]["prior"]
-    meta = dict(tokens=tokens.meta["made_from"])
-    fit(args, "prior", shared / "prior", config, partial(prior_loss, label_drop=args.label_drop), tokens.n, tokens.batch, meta=meta)
+    config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
+    fit(args, "prior", shared / "prior", config | backbone.PRESETS[args.preset]["prior"],
+        prior_loss, tokens.n, tokens.batch, meta=dict(tokens=tokens.made_from))
 
 
-def train_mixar(args, shared, files, run, tokens):
-    """Stage mixar: p_theta(X_c | X_d), and at the end the pictures."""
-    import sample                                                            # which imports this file
-    N, d_c, bits, classes, recipe = tokens.indices[0, 0].size, len(tokens.mean), tokens.meta["bits"], len(tokens.classes), args.recipe["mixar"]
-    config = dict(N=N, d_c=d_c, d_d=bits, classes=classes, guidance=args.guidance, mix_at=args.mix_at) | backbone.PRESETS[args.preset]["mar"]
-    recipe.setdefault("steps", max(round(recipe.get("epochs", 0) * max(tokens.n // recipe["batch"], 1)), 1))
-    prior, saved = backbone.load_model(files["prior"], "prior")
-    backbone.same_size(files["prior"], tokens=(prior.N, N), bits=(prior.bits, bits), classes=(prior.classes, classes))
-    if not args.prior and saved["meta"].get("tokens") != tokens.meta["made_from"]:
-        raise SystemExit(f"{files['prior']} was trained on other tokens than those in {shared / 'tokens'}; remove it to train it again")
-    # what sample.py needs to know to draw from this run alone; a file of the user's by its full path, ours from the run's folder
-    place = lambda kind: os.path.abspath(files[kind]) if getattr(args, kind) else os.path.relpath(files[kind], run)
-    marks = dict(zip(("vae", "vq"), tokens.made_by), prior=tokenizers.fingerprint(prior) if args.prior else None)
-    meta = dict(data=tokens.meta["made_from"]["data"], classes=tokens.classes, sampling=sample.sampling(args.preset, bits),
-                tokens=tokens.meta["made_from"], latent_mean=tokens.meta["mean"], latent_std=tokens.meta["std"],
-                shared=os.path.relpath(shared, run), files={kind: (place(kind), marks[kind]) for kind in files})
+def train_mixar(args, shared, run, tokens):
+    """Stage mixar: p_theta(X_c | X_d), and pictures at its end."""
+    import sample                                                            # it imports this file
 
-    preview = lambda ema: sample.draw_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
-    loss = partial(mixar_loss, prior=prior.to(args.device) if args.ti_mix else None, args=args)
-    fit(args, "mixar", run, config, loss, tokens.n, tokens.batch, preview, meta, args.init)
+    if args.guidance == "dcmix" and tokens.bits > tokens.d_c:
+        raise SystemExit(f"--guidance dcmix: {tokens.bits} bits do not fit into {tokens.d_c} "
+                         "channels (Eq. 9); choose another guidance or another tokenizer")
+    prior_file = args.prior or shared / "prior"
+    prior, saved = backbone.load_model(prior_file, "prior")
+    backbone.check_equal(prior_file, "tokens, bits and classes",
+                         (prior.N, prior.bits, prior.classes),
+                         (tokens.N, tokens.bits, len(tokens.classes)))
+    if not args.prior:
+        tokenizers.check_same(prior_file, saved["meta"]["tokens"], tokens.made_from)
+    config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
+                  guidance=args.guidance, mix_at=args.mix_at)
+    meta = sample.describe_run(args, shared, run, tokens, prior)
+    loss = partial(mixar_loss, prior=prior.to(args.device), args=args)
+
+    # it reads what `fit` has just saved
+    def preview(ema):
+        sample.save_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
+
+    fit(args, "mixar", run, config | backbone.PRESETS[args.preset]["mar"], loss, tokens.n,
+        tokens.batch, preview, meta, args.init)
+    if world()[0] == 0:
+        print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
+
+
+def done(folder, kind, steps):
+    """Whether folder/last.pt has made `steps` steps; if None, as many as its own recipe says."""
+    if not (folder / "last.pt").is_file():
+        return False
+    saved = backbone.load_checkpoint(folder, kind)
+    return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
+
+
+def train_stages(args):
+    """All stages up to --stage, but for those that are done or come as files."""
+    data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
+    shared = Path(args.runs) / data
+    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    pieces = world()[1] * args.accumulate
+    for kind, recipe in args.recipe.items():
+        if recipe["batch"] % pieces:
+            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
+                             f"{pieces}, the processes times --accumulate")
+    # what a flag names is opened before anything is trained
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in given.items():
+        if file:
+            backbone.load_checkpoint(file, kind)
+    size = backbone.PRESETS[args.preset]["size"]
+    source = tokenizers.open_source(args.data, "train", size, args.images)
+    if not args.vae and not done(shared / "vae", "vae", args.vae_steps):
+        train_tokenizer(args, shared, "vae", source)
+    if args.stage == "vae":
+        return
+    if not args.vq and not done(shared / "vq", "vq", args.vq_steps):
+        train_tokenizer(args, shared, "vq", source)
+    if args.stage == "vq":
+        return
+    vq_file = args.vq or shared / "vq"
+    vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
+    vq, _ = backbone.load_model(vq_file, "vq")
+    backbone.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
+    if world()[0] == 0:
+        vae.to(args.device)
+        vq.to(args.device)
+        tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+    barrier()
+    if args.stage == "cache":
+        return
+    tokens = tokenizers.Tokens(shared / "tokens")
+    if not args.prior and not done(shared / "prior", "prior", args.prior_steps):
+        train_prior(args, shared, tokens)
+    if args.stage != "prior":
+        train_mixar(args, shared, run, tokens)
+
+
+def within(low, high=math.inf, kind=float):
+    """The argparse type of a finite number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):                    # nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return number
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    count, number, share = (dict(type=within(*limits), metavar=name) for limits, name in (((1, math.inf, int), "N"), ((0,), "X"), ((0, 1), "X")))
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count = dict(type=within(1, kind=int), metavar="N")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", help="shapes (drawn here), or a folder of class folders or MNIST-family files; cropped to 32 (tiny) or 256")
-    g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES, help="how X_d guides X_c, section 3.3; none is plain MAR [paper]")
-    g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"], help="where dcmix's discrete tokens enter [ours]")
-    g.add_argument("--ti-mix", action="store_true", help="TI-Mix, section 3.4, Eqs. 10 to 12 [paper]")
-    g.add_argument("--init", help="start from this MixAR checkpoint or run, as TI-Mix does from DC-Mix, section 4.3 [paper]")
-    g.add_argument("--stage", default="all", choices=["all", "vae", "vq", "cache", "prior", "mixar"], help="run one stage alone")
-    g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see python backbone.py")
-    g.add_argument("--images", **count, help="use at most this many pictures")
-    for kind, official in (("vae", "VA-VAE or KL-16"), ("vq", "a MaskBit tokenizer"), ("prior", "a MaskBit generator")):
-        g.add_argument(f"--{kind}", metavar="FILE", help=f"{official}, or a checkpoint of ours, instead of training stage {kind}")
-    g = p.add_argument_group("length and rate (unset: the preset's recipe)")
-    for kind in ("vae", "vq", "prior"):
-        g.add_argument(f"--{kind}-steps", **count, help=f"steps of stage {kind}")
-    g.add_argument("--batch-size", **count, help="global batch of every stage, whatever the number of processes")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--steps", dest="mixar_steps", **count, help="steps of stage mixar")
-    length.add_argument("--epochs", dest="mixar_epochs", **number, help="its length in passes over the pictures [MAR: 400; paper: 320, Fig. 7; 200 + 200]")
-    g.add_argument("--lr", dest="mixar_lr", **number, help="learning rate of stage mixar, constant after the warm-up [MAR]")
-    g.add_argument("--warmup", dest="mixar_warmup", **number, help="warm-up steps of stage mixar, below 1 as a share of all [MAR]")
-    g = p.add_argument_group("section 3.1: mask, diffusion loss, averaging")
-    g.add_argument("--min-mask", **share, default=0.7, help="smallest mask ratio r of Eq. 8 [MAR]")
-    g.add_argument("--draws", dest="mixar_draws", **count, help="diffusion draws (t, eps) per token in Eq. 5 (unset: 4 [MAR], in tiny 1 [ours])")
-    g.add_argument("--label-drop", **share, default=0.1, help="how often the class is withheld, for guidance [MAR]")
-    g.add_argument("--clip", **number, default=3.0, help="largest gradient norm [MAR]")
-    g.add_argument("--ema", **share, default=0.9999, help="decay of the moving average after its warm-up [MAR]")
+    g.add_argument("--data", default="shapes", help="shapes, or a folder of pictures")
+    g.add_argument("--images", **count, help="use at most so many pictures")
+    g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES,
+                   help="how X_d guides X_c [paper 3.3]; none is plain MAR")
+    g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"],
+                   help="where dcmix's discrete tokens enter [ours]")
+    g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
+    g.add_argument("--init", metavar="RUN", help="train on from this MixAR run [paper 4.3]")
+    g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
+    g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
+    g.add_argument("--vae", metavar="FILE", help="VA-VAE, KL-16 or ours, not to be trained")
+    g.add_argument("--vq", metavar="FILE", help="MaskBit's tokenizer or ours, likewise")
+    g.add_argument("--prior", metavar="FILE", help="MaskBit's generator or ours, likewise")
+    g = p.add_argument_group("length and rate (None: as in RECIPES)")
+    g.add_argument("--vae-steps", **count, help="steps of stage vae")
+    g.add_argument("--vq-steps", **count, help="steps of stage vq")
+    g.add_argument("--prior-steps", **count, help="steps of stage prior")
+    g.add_argument("--steps", **count, help="steps of stage mixar")
+    g.add_argument("--batch-size", **count, help="pictures a step, over all processes")
+    g.add_argument("--lr", type=within(0), metavar="X", help="learning rate of stage mixar")
     g = p.add_argument_group("running")
-    g.add_argument("--runs", default="runs", help="where all runs lie")
-    g.add_argument("--out", help="folder of this MixAR run (default RUNS/DATA-GUIDANCE[-ti])")
-    g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0, help="start values, data order, masks and noise")
-    g.add_argument("--device", type=on_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on CUDA and on CPUs with bf16 units")
-    g.add_argument("--accumulate", **count, default=1, help="go through the batch in N parts, for memory; same gradients but for dropout (all stages but vq)")
-    g.add_argument("--checkpoint-activations", action="store_true", help="compute MixAR's activations twice, for memory; same gradients")
+    g.add_argument("--runs", default="runs", help="the folder of all runs")
+    g.add_argument("--out", help="the folder of this MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
+    g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
+                   help="of start values, data order, masks and noise")
+    g.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
+    g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"],
+                   help="precision; auto is bf16 where the device computes in it")
+    g.add_argument("--accumulate", **count, default=1, help="take the batch in N parts (not vq's)")
+    g.add_argument("--checkpoint-activations", action="store_true", help="MixAR's, for memory")
     g.add_argument("--save-every", **count, default=500, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=within(0, kind=int), metavar="N", default=1000, help="steps between pictures, 0 for only at the end")
-    g.add_argument("--log-every", **count, default=10, help="steps between rows of log.csv")
-    g.add_argument("--tensorboard", action="store_true", help="write an event file too")
-    for action in p._actions:
-        action.help += " (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else ""
-    return settle(p.parse_args(argv))
+    g.add_argument("--sample-every", type=within(0, kind=int), metavar="N", default=1000,
+                   help="steps between pictures; 0: only at the end")
+    g.add_argument("--tensorboard", action="store_true", help="write an event file, too")
+    args = p.parse_args(argv)
+    settle(args)
+    return args
 
 
 def settle(args):
-    """Add `recipe`: each stage's length and rates, the preset's where no flag says otherwise. SystemExit on contradictions."""
+    """Refuse flags that contradict each other, and add `recipe`, the recipes of the stages."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
-    for kind in ("vae", "vq", "prior"):
-        given = getattr(args, kind)
-        if given and (args.stage == kind or not Path(given).is_file()):
-            why = f"--stage {kind} would train it; give one of them" if Path(given).is_file() else "no such file; a stage's is in its folder as last.pt"
-            raise SystemExit(f"--{kind} {given}: {why}")
-        if not given and kind not in args.recipe and (kind, args.stage) != ("prior", "cache"):
-            raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior, official files or ours; --{kind} is missing")
-    if files := [path for path in (args.runs, args.out) if path and Path(path).is_file()]:
-        raise SystemExit(f"{files[0]} is a file; name a folder for --runs and --out")
+    if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
+        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
     if args.ti_mix and args.guidance == "none":
         raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
     if args.mix_at == "encoder" and args.guidance != "dcmix":
         raise SystemExit(f"--mix-at encoder is for --guidance dcmix, not {args.guidance}")
-    if args.mixar_epochs is not None:
-        args.recipe["mixar"].pop("steps", None)
+    steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
-        flags = {name: getattr(args, f"{kind}_{name}", None) for name in ("steps", "epochs", "draws", "lr", "warmup")} | dict(batch=args.batch_size)
-        recipe |= {name: flag for name, flag in flags.items() if flag is not None}
-        if "per" in recipe and flags["lr"] is None:
-            recipe["lr"] *= recipe["batch"] / recipe["per"]
-    return args
+        recipe["steps"] = steps[kind] or recipe["steps"]
+        recipe["batch"] = args.batch_size or recipe["batch"]
+    mixar = args.recipe["mixar"]
+    if args.preset != "tiny":
+        mixar["lr"] = 1e-4 * mixar["batch"] / 256                            # [MAR]
+    if args.lr is not None:
+        mixar["lr"] = args.lr
 
 
-def train_stages(args):
-    """The stage of --stage, or all that are not done, in the order of Fig. 3."""
-    data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
-    shared = Path(args.runs) / data
-    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
-    files, stages = {kind: Path(getattr(args, kind) or shared / kind) for kind in backbone.PARTS}, [args.stage]
-    if args.stage == "all":
-        stages = [kind for kind in files if not done(files[kind], kind, getattr(args, f"{kind}_steps"))] + ["cache", "mixar"]
-    if args.stage in ("all", "vae", "vq", "cache"):
-        source = tokenizers.open_source(args.data, "train", backbone.PRESETS[args.preset]["size"], args.images)
-    elif not shared.is_dir():
-        raise SystemExit(f"--data {args.data}: {shared} does not exist; run the stages vae, vq and cache first")
-    for kind in ("vae", "vq"):
-        if kind in stages:
-            train_tokenizer(args, shared, kind, source)
-    if args.stage in ("vae", "vq"):
-        return
-    vae, vq = (backbone.load_model(files[kind], kind)[0].to(args.device) for kind in ("vae", "vq"))
-    backbone.same_size(files["vq"], levels=(len(vq.encoder.down), len(vae.encoder.down)))
-    if "cache" in stages:
-        cache_tokens(shared / "tokens", source, vae, vq, args.device)
-    if args.stage == "cache":
-        return
-    tokens = tokenizers.Tokens(shared / "tokens", vae.cpu(), vq.cpu())
-    if tokens.meta["made_from"]["data"] != (data if args.data == "shapes" else str(Path(args.data).resolve())):
-        raise SystemExit(f"--data {args.data}: {shared / 'tokens'} was made from {tokens.meta['made_from']['data']}; choose another --runs folder")
-    if "prior" in stages:
-        train_prior(args, shared, tokens)
-    if "mixar" in stages:
-        train_mixar(args, shared, files, run, tokens)
-        if world()[0] == 0:
-            print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'} (top: X_d alone, bottom: MixAR from the same X_d)")
-
-
-@processes()
 def main(argv=None):
-    train_stages(parse(argv))
+    args = parse(argv)
+    with process_group():
+        train_stages(args)
 
 
 if __name__ == "__main__":

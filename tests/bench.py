@@ -1,17 +1,28 @@
-"""How long the large models take: seconds, and matmul units, the time of one 4096 x 1024 by 1024 x 4096 product in the same precision.
+"""How long the large models take, in seconds and in units that make machines comparable.
 
-Machines differ and drift; the ratio to a product timed just before and after does so less. Each figure is the fastest of
-a few repetitions. Random weights: the time does not depend on them.
+One unit is the time of one matrix product, 4096 x 1024 by 1024 x 4096, in the same precision.
+Machines differ and drift. The ratio to a product that is timed just before and after does so less.
+"Floor" is what the matrix products of a row alone would take at that rate, by PyTorch's FLOP
+counter. Each figure is the fastest of a few repetitions. The weights are random: the time does not
+depend on them.
 
-Try: python tests/bench.py              (all, some minutes on 2 cores; or some: python tests/bench.py train maskbit)
+Reads backbone.py, train.py, sample.py and fid.py; docs/imagenet.md shows its table.
+
+Try: python tests/bench.py             (everything, some minutes on 2 cores)
+     python tests/bench.py train maskbit
+
+B batch, N tokens, d_c channels of x_c.
 """
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbone
@@ -20,10 +31,22 @@ import mixing
 import sample
 import train
 
-PRECISIONS = (("bf16", 8), ("fp32", 4))                                      # with the batch of each
+CPU = torch.device("cpu")
+# each precision with its batch
+PRECISIONS = (("bf16", 8), ("fp32", 4))
+N = 256
+D_C = 32
+BITS = 14
+CLASSES = 1000
+MASK_RATIO = 0.85
+# floating-point operations of the product that is the unit
+UNIT_FLOPS = 2 * 4096 * 1024 * 4096
 
+
+# measuring
 
 def fastest(run, repetitions):
+    """The least seconds that run() took."""
     seconds = []
     for _ in range(repetitions):
         start = time.time()
@@ -34,78 +57,136 @@ def fastest(run, repetitions):
 
 def unit(amp):
     """Seconds of the product."""
-    a, b = torch.randn(4096, 1024), torch.randn(1024, 4096)
-    if amp == "bf16":
-        a, b = a.bfloat16(), b.bfloat16()
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float32
+    a = torch.randn(4096, 1024).to(dtype)
+    b = torch.randn(1024, 4096).to(dtype)
     return fastest(lambda: a @ b, 10)
 
 
-def report(name, amp, B, run, repetitions):
+def count_flops(run):
+    """Floating-point operations of the matrix products in run(), two for a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def report(name, run, amp, B, repetitions):
+    """Time run(amp, B) and print its row.
+
+    The operations are counted for one image, and always in bf16: the counter does not know the
+    fused attention that a CPU takes in fp32.
+    """
+    floor = B * count_flops(lambda: run("bf16", 1)) / UNIT_FLOPS
     before = unit(amp)
-    seconds = fastest(run, repetitions)
+    seconds = fastest(lambda: run(amp, B), repetitions)
     product = (before + unit(amp)) / 2
-    print(f"{name:34} {amp} batch {B}  {seconds:8.3f} s  {seconds / product:7.0f} units   (1 unit = {product * 1000:.2f} ms)", flush=True)
+    units = seconds / product
+    row = f"{name:34} {amp} batch {B:2}  {seconds:8.3f} s  {units:7.0f} units  floor {floor:5.0f}"
+    print(f"{row}  (1 unit = {product * 1000:.2f} ms)", flush=True)
 
 
-def mar():
+# what is measured
+
+def mar_b():
     """MAR-B with 32-channel latents."""
     torch.manual_seed(0)
-    return backbone.MAR(256, 32, 14, 1000, guidance="none", **backbone.PRESETS["base"]["mar"])
+    sizes = backbone.PRESETS["base"]["mar"]
+    return backbone.MAR(N, D_C, BITS, CLASSES, guidance="none", **sizes)
 
 
 def bench_train():
     """Forward, backward, clip, AdamW at mask ratio 0.85 with 4 diffusion draws."""
-    model = mar().train()
-    optimizer = train.make_optimizer(model, dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02))
-    shipped, mixing.mask_ratio = mixing.mask_ratio, lambda u, low: 0.85
-    for amp, B in PRECISIONS:
-        args = train.parse(["--amp", amp, "--draws", "4"])
+    model = mar_b().train()
+    recipe = dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02)
+    optimizer = train.make_optimizer(model, recipe)
+
+    def step(amp, B):
+        args = train.parse(["--amp", amp])
+        args.recipe["mixar"]["draws"] = 4
         loss = train.Loss(model, partial(train.mixar_loss, prior=None, args=args))
-        batch = (torch.randn(B, 256, 32), torch.full((B, 256, 32), 0.1), torch.ones(B, 256, 14), torch.arange(B))
-        draw, scaler = train.Draw(0, 0, B, torch.device("cpu")), torch.amp.GradScaler("cpu", enabled=False)
-        report("MAR-B training step", amp, B, lambda: train.update(args, loss, model, optimizer, scaler, [(batch, draw)], 0), 4)
-    mixing.mask_ratio = shipped
+        mean = torch.randn(B, N, D_C)
+        std = torch.full((B, N, D_C), 0.1)
+        batch = (mean, std, torch.ones(B, N, BITS), torch.arange(B))
+        rng = train.Rng(0, 0, B, CPU)
+        with mock.patch.object(mixing, "mask_ratio", return_value=MASK_RATIO):
+            state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
+            train.update(args, loss, state, [(batch, rng)])
+
+    for amp, B in PRECISIONS:
+        report("MAR-B training step", step, amp, B, 4)
 
 
 @torch.no_grad()
 def bench_generate():
     """8 AR x 100 diffusion steps, without and with guidance."""
-    model = mar().eval()
+    model = mar_b().eval()
+
+    def noise(now, n):
+        return torch.randn(n, int(now.sum()), D_C)
+
+    def generate(amp, B, cfg):
+        x_d = torch.ones(B, N, BITS)
+        order = torch.rand(B, N).argsort(1)
+        with train.autocast(amp, CPU):
+            sample.generate(model, x_d, torch.arange(B), order, noise, 8, 100, cfg)
+
     for amp, B in PRECISIONS:
         for cfg in (1.0, 3.0):
-            def run():
-                draw = sample.draws(0, range(B), 1)
-                noise = lambda now, n: draw(lambda g: g.standard_normal((n, int(now[0].sum()), 32), np.float32)).transpose(0, 1).flatten(1, 2)
-                with train.autocast(amp, torch.device("cpu")):
-                    sample.generate(model, torch.ones(B, 256, 14), torch.arange(B), draw(lambda g: g.permutation(256)), noise, 8, 100, cfg)
-            report(f"MAR-B 8 x 100 steps, guidance {cfg:.0f}", amp, B, run, 1)
+            name = f"MAR-B 8 x 100 steps, guidance {cfg:.0f}"
+            report(name, partial(generate, cfg=cfg), amp, B, 1)
 
 
 @torch.no_grad()
 def bench_maskbit():
     """The 14-bit prior, 4 guided steps."""
     torch.manual_seed(0)
-    model = backbone.MaskBitPrior(N=256, bits=14, classes=1000, **backbone.PRESETS["base"]["prior"]).eval()
+    sizes = backbone.PRESETS["base"]["prior"]
+    model = backbone.MaskBitPrior(N=N, bits=BITS, classes=CLASSES, **sizes).eval()
+    settings = sample.BASE
+    guidance = settings["prior_cfg"]
+    power = settings["prior_power"]
+    temperature = settings["prior_temperature"]
+
+    def sample_codes(logits):
+        return mixing.sample_codes(logits, torch.rand(logits.shape[:-1]))
+
+    def steps(amp, B):
+        def gumbel():
+            return torch.tensor(np.random.gumbel(size=(B, N, 2))).float()
+
+        y = torch.arange(B)
+        with train.autocast(amp, CPU):
+            sample.sample_prior(model, y, sample_codes, gumbel, 4, guidance, power, temperature)
+
     for amp, B in PRECISIONS:
-        def run():
-            draw = sample.draws(0, range(B), 0)
-            with train.autocast(amp, torch.device("cpu")):
-                sample.sample_prior(model, torch.arange(B), lambda logits: mixing.sample_codes(logits, draw(lambda g: g.random((256, 2), np.float32))),
-                                    lambda: draw(lambda g: g.gumbel(size=(256, 2))).float(), 4, 7.1, 3.0, 7.8)
-        report("MaskBit 14 bit, 4 guided steps", amp, B, run, 2)
+        report("MaskBit 14 bit, 4 guided steps", steps, amp, B, 2)
 
 
 @torch.no_grad()
 def bench_inception():
     """Features of 256 x 256 pictures."""
     model = fid.Inception().eval()
-    pictures = torch.randint(0, 256, (16, 3, 256, 256), dtype=torch.uint8)
-    report("Inception features", "fp32", 16, lambda: model(pictures), 2)
+
+    def features(amp, B):
+        model(torch.randint(0, 256, (B, 3, 256, 256), dtype=torch.uint8))
+
+    report("Inception features", features, "fp32", 16, 2)
+
+
+BENCHES = dict(
+    train=bench_train,
+    generate=bench_generate,
+    maskbit=bench_maskbit,
+    inception=bench_inception,
+)
+
+
+def main():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    with train.process_group():
+        for name in sys.argv[1:] or BENCHES:
+            BENCHES[name]()
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["train", "generate", "maskbit", "inception"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with train.processes():
-        for name in chosen:
-            globals()[f"bench_{name}"]()
+    main()

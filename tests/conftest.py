@@ -1,4 +1,29 @@
+"""What all tests share: the product's files on the import path, untouched signals, small runs."""
+import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import running
+import train
+
+HANDLERS = {number: signal.getsignal(number) for number in train.SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """train.main and sample.main handle signals. Afterwards Ctrl-C ends pytest again."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder of runs with every stage trained for two steps. Tests read it and do not write."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main([*running.SMALL, "--runs", str(folder), "--steps", "2"])
+    return folder

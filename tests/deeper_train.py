@@ -1,4 +1,7 @@
-"""train.py with a fourth layer in MixAR's encoder and decoder: dcmix with the parameters of dcca, for findings.py."""
+"""train.py with a fourth layer in MixAR's encoder and decoder, for findings.py.
+
+dcmix then has about as many parameters as dcca.
+"""
 import sys
 from pathlib import Path
 

@@ -1,12 +1,19 @@
-"""The paper's findings, run again at small scale: Tables 1 and 2, Figs. 7 and 8, and how few steps do.
+"""The paper's findings, measured again at small scale: Tables 1 and 2, Figs. 7 and 8.
 
-`plan` lists every command behind a number of the README. `run` carries them out for one data set and one seed and keeps each
-report as runsSEED/findings/KEY.json, `time` does so for Table 2; `collect` gathers them into assets/findings.json with command,
-seed, commit, hardware and date; `tables` and `plots` turn that file into the README's tables, which test_findings.py compares
-with the README, and its pictures.
+Every number of docs/findings.md has a row in `plan`: the commands that a user would type.
 
-Try: python tests/findings.py run shapes 0 --only dcmix      (one row; without --only all of them, hours; seed 0 first)
-     python tests/findings.py tables
+    run         carry out the plan for one data set and one seed; this takes hours
+    time        measure the seconds of Table 2; let nothing else run
+    draw        draw the grids of pictures: every method from the same X_d
+    validation  write the pictures on which the sampling settings were chosen
+    collect     gather all reports in assets/findings.json
+    tables      print the tables of docs/findings.md, which test_findings.py compares with it
+    plots       draw the plots of docs/findings.md
+
+Starts train.py, sample.py and fid.py, and reads their reports. Read docs/findings.md next.
+
+Try: python tests/findings.py tables
+     python tests/findings.py run shapes 0 --only dcmix tokenizers      (two rows)
 """
 import argparse
 import csv
@@ -16,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,256 +32,592 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import fid
 import sample
 import tokenizers
 
 RESULTS = ROOT / "assets" / "findings.json"
-FASHION = "/usr/share/datasets/fashion-mnist"                                # Debian's package dataset-fashion-mnist
+DATA = ("shapes", "fashion-mnist")
+# fashion-mnist lies where Debian's package dataset-fashion-mnist puts it
+SOURCE = {"shapes": "shapes", "fashion-mnist": "/usr/share/datasets/fashion-mnist"}
 METHODS = ("none", "dcmix", "dcsa", "dcca")
-AR_STEPS, DIFFUSION_STEPS, ANNEALED = (1, 2, 4, 8, 16, 32, 64), (5, 10, 15, 25, 50, 100), ("15:5", "25:10", "50:10")
-# guidance and temperature chosen for each method, the numbers of steps for dcmix, all on validation pictures (of shapes, of fashion-mnist's train split), seed 0
-SETTINGS = {"shapes": dict(none="--cfg 2.5 --temperature 0.5", guided="--prior-cfg 1 --cfg 2.5 --temperature 0.5", discrete="--prior-cfg 3"),
-            "fashion-mnist": dict(none="--cfg 9 --temperature 0.75", guided="--prior-cfg 3 --cfg 6 --temperature 0.75", discrete="--prior-cfg 9")}
-STEPS = "--ar-steps 8 --diffusion-steps 10 --prior-steps 16"                 # today's defaults; runs carry those of their day
-COUNT, FEW, FEWEST = 10_000, 2000, 1000                                     # samples a row of Table 1, of Fig. 8, of the sweeps
-LONGER = 600                                                                 # steps of Fig. 8 beyond the dcmix checkpoint
+
+# chosen for each method on validation pictures with the models of seed 0
+SETTINGS = {
+    "shapes": {
+        "none": "--cfg 2.5 --temperature 0.5",
+        "guided": "--prior-cfg 1 --cfg 2.5 --temperature 0.5",
+        "discrete": "--prior-cfg 3",
+    },
+    "fashion-mnist": {
+        "none": "--cfg 9 --temperature 0.75",
+        "guided": "--prior-cfg 3 --cfg 6 --temperature 0.75",
+        "discrete": "--prior-cfg 9",
+    },
+}
+# chosen for dcmix; given always, so that a later change of the defaults changes no row
+STEPS = "--ar-steps 8 --diffusion-steps 10 --prior-steps 16"
+
+# samples of a row of Table 1, of a row of Fig. 8, and of a row of the sweeps
+COUNT = 10_000
+FEW = 2000
+FEWEST = 1000
+# steps of Fig. 8 beyond the dcmix checkpoint
+LONGER = 600
+# the sweeps; "15:5" falls from 15 diffusion steps in the first AR step to 5 in the last
+AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
+DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
+FALLING = ("15:5", "25:10", "50:10")
+
+
+# the plan
+
+def pictures_file(data, seed, key):
+    """Where the samples of a row lie until they are scored."""
+    return f"runs{seed}/findings/{data}-{key.replace(' ', '-')}.npz"
+
+
+def training(data, seed, name, guidance, *more, program="train.py"):
+    """The row ("train NAME", commands) that trains runsSEED/DATA-NAME."""
+    command = [program, "--guidance", guidance, "--seed", str(seed), "--sample-every", "0"]
+    command += ["--runs", f"runs{seed}", "--out", f"runs{seed}/{data}-{name}"]
+    if data == "fashion-mnist":
+        command += ["--data", SOURCE[data], "--images", "20000"]
+    return f"train {name}", [[*command, *more]]
+
+
+def sampling(data, seed, key, run, count, *more, chosen=None):
+    """The command that draws `count` pictures of a run into the pictures_file of the row `key`.
+
+    chosen: which of SETTINGS to use; by default those of the run's guidance.
+    """
+    if chosen is None:
+        chosen = "none" if run == "none" else "guided"
+    command = ["sample.py", f"runs{seed}/{data}-{run}", "--seed", str(seed), "--count", str(count)]
+    settings = f"{SETTINGS[data][chosen]} {STEPS}".split()
+    return [*command, *settings, *more, "--out", pictures_file(data, seed, key)]
+
+
+def scored(data, seed, key, run, count, *more, chosen=None):
+    """The row (key, commands) that draws pictures of a run and compares them with held-out ones."""
+    draw = sampling(data, seed, key, run, count, *more, chosen=chosen)
+    classifier = ["--features", f"runs0/{data}/classifier.pt"]
+    return key, [draw, ["fid.py", pictures_file(data, seed, key), SOURCE[data], *classifier]]
+
+
+def tokenizer_row(data, seed):
+    """The row that scores the held-out pictures through both tokenizers.
+
+    In seed 0 it comes before all other scores: it trains the classifier that gives their features.
+    """
+    command = ["fid.py", f"runs{seed}/{data}-dcmix", SOURCE[data], "--rfd"]
+    command += ["--seed", str(seed), "--count", str(FEWEST)]
+    if seed > 0:
+        command += ["--features", f"runs0/{data}/classifier.pt"]
+    return "tokenizers", [command]
 
 
 def plan(data, seed):
-    """Every command for one data set and seed, in order -> list of (key, arguments); trainings have the key "train ..."."""
-    runs, given, steps = f"runs{seed}", [] if data == "shapes" else ["--data", FASHION, "--images", "20000"], []
-    source, features = given[1] if given else data, ["--features", f"runs0/{data}/classifier.pt"] if seed else []     # seed 0 trains it
+    """All rows of one data set and seed, in order: a list of (key, commands).
 
-    def train(key, guidance, *more, program="train.py"):
-        steps.append((f"train {key}", [program, *given, "--guidance", guidance, "--seed", str(seed), "--runs", runs, "--sample-every", "0", *more]))
+    A command is a list: the program, then its arguments. Keys of trainings begin with "train ".
+    """
+    train = partial(training, data, seed)
+    score = partial(scored, data, seed)
+    longer = ("--init", f"runs{seed}/{data}-dcmix", "--steps", str(LONGER))
 
-    def score(key, run, count, *more):
-        kind = "discrete" if key == "discrete" else "none" if run == "none" else "guided"
-        steps.append((key, ["fid.py", f"{runs}/{data}-{run}", source, "--seed", str(seed), "--count", str(count), *features,
-                            *f"{SETTINGS[data][kind]} {STEPS}".split(), *more]))
+    rows = [train(guidance, guidance) for guidance in METHODS]
+    rows.append(train("longer", "dcmix", *longer))
+    rows.append(train("ti", "dcmix", "--ti-mix", *longer))
+    rows.append(train("deeper", "dcmix", program="tests/deeper_train.py"))
+    rows.append(train("encoder", "dcmix", "--mix-at", "encoder"))
 
-    for guidance in METHODS:
-        train(guidance, guidance)
-    for name, more in (("longer", []), ("ti", ["--ti-mix"])):                # Fig. 8
-        train(name, "dcmix", *more, "--init", f"{runs}/{data}-dcmix", "--steps", str(LONGER), "--out", f"{runs}/{data}-{name}")
-    train("deeper", "dcmix", "--out", f"{runs}/{data}-deeper", program="tests/deeper_train.py")
-    train("encoder", "dcmix", "--mix-at", "encoder", "--out", f"{runs}/{data}-encoder")
-    score("dcmix", "dcmix", COUNT, "--rfd")                                  # Table 1
-    for run in ("none", "dcsa", "dcca", "deeper"):
-        score(run, run, COUNT)
-    score("discrete", "dcmix", COUNT, "--decode", "discrete")
-    for run in ("dcmix", "longer", "ti"):                                    # Fig. 8
-        score(f"{run} few", run, FEW)
-        score(f"{run} truth", run, FEW, "--truth")
-    for n in (1, 16):                                                        # X_d as TI-Mix trains on it, in one pass, and as inference draws it
-        score(f"discrete {n}", "dcmix", FEW, "--decode", "discrete", "--prior-steps", str(n))
-    for run in ("dcmix", "encoder"):                                         # who sees X_d
-        score(f"{run} sight", run, FEW)
-    for n in AR_STEPS:                                                       # beyond the paper
+    # Table 1
+    rows.append(tokenizer_row(data, seed))
+    for run in (*METHODS, "deeper"):
+        rows.append(score(run, run, COUNT))
+    rows.append(score("discrete", "dcmix", COUNT, "--decode", "discrete", chosen="discrete"))
+
+    # Fig. 8, and X_d as TI-Mix trains on it (one step) and as inference draws it (16 steps)
+    for run in ("dcmix", "longer", "ti"):
+        rows.append(score(f"{run} few", run, FEW))
+        rows.append(score(f"{run} truth", run, FEW, "--truth"))
+    for n in ("1", "16"):
+        one = ("--decode", "discrete", "--prior-steps", n)
+        rows.append(score(f"discrete {n}", "dcmix", FEW, *one))
+
+    # which part of MixAR sees X_d
+    for run in ("dcmix", "encoder"):
+        rows.append(score(f"{run} sight", run, FEW))
+
+    # the sweeps over steps, beyond the paper
+    for n in AR_STEPS:
         for run in ("none", "dcmix"):
-            score(f"{run} ar {n}", run, FEWEST, "--ar-steps", str(n))
-    for n in (*map(str, DIFFUSION_STEPS), *ANNEALED):
-        score(f"dcmix diffusion {n}", "dcmix", FEWEST, "--diffusion-steps", n)
-    return steps
+            rows.append(score(f"{run} ar {n}", run, FEWEST, "--ar-steps", str(n)))
+    for n in (*DIFFUSION_STEPS, *FALLING):
+        rows.append(score(f"dcmix diffusion {n}", "dcmix", FEWEST, "--diffusion-steps", n))
+    return rows
 
+
+# carrying it out
 
 def hardware():
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+    """The processor's name and the number of threads."""
+    model = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":")[1].strip()
+            break
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    return f"{model}, {threads} threads"
 
 
-def about(data, seed, key, command, start):
+def start(command, **options):
+    """Run one command of the plan from the root of the project."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, check=True, **options)
+
+
+def about(data, seed, key, commands, began):
     """What is recorded beside every result."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return dict(data=data, seed=seed, key=key, command="python " + " ".join(command), commit=commit, hardware=hardware(),
-                date=time.strftime("%Y-%m-%d %H:%M"), seconds=round(time.time() - start, 1))
-
-
-def run(data, seed, only):
-    """Carry out the plan from the root of the project; commands whose report is there are not repeated."""
-    folder = ROOT / f"runs{seed}" / "findings"
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, command in plan(data, seed):
-        file, report = folder / f"{data} {key}.json", folder / f"{data} {key}.report"
-        if file.is_file() or only and not any(key == name or key == f"train {name}" for name in only):
-            continue
-        print(time.strftime("%H:%M:%S"), data, seed, key, flush=True)
-        start = time.time()
-        subprocess.run([sys.executable, *command, *(["--json", str(report)] if command[0] == "fid.py" else [])], cwd=ROOT, check=True)
-        entry = about(data, seed, key, command, start)
-        if report.is_file():
-            entry["results"] = [values(r) for r in json.loads(report.read_text())["results"]]
-        file.write_text(json.dumps(entry))
-
-
-def time_methods(data, seed):
-    """Table 2: seconds of an epoch from 100 training steps after the first 50, seconds an image from 240 samples drawn at once."""
-    for guidance in METHODS:
-        start, runs, out = time.time(), f"runs{seed}", f"runs{seed}/{data}-{guidance}"
-        train = next(command for key, command in plan(data, seed) if key == f"train {guidance}") + ["--steps", "150", "--out", f"{out}-timed"]
-        draw = ["sample.py", out, "--count", "240", "--batch-size", "240", "--out", f"{runs}/timed.npz", *f"{SETTINGS[data]['none' if guidance == 'none' else 'guided']} {STEPS}".split()]
-        shutil.rmtree(ROOT / f"{out}-timed", ignore_errors=True)
-        subprocess.run([sys.executable, *train], cwd=ROOT, check=True)
-        said = subprocess.run([sys.executable, *draw], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        log = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader((ROOT / f"{out}-timed" / "log.csv").open())}
-        pictures = json.loads((ROOT / runs / data / "tokens" / "meta.json").read_text())["made_from"]["pictures"]
-        entry = about(data, seed, f"time {guidance}", [*train, "&&", "python", *draw], start)
-        entry["results"] = [dict(image=float(said.split(" s/image")[0]), epoch=round((log[150] - log[50]) / 100 * pictures / 32, 1))]
-        (ROOT / runs / "findings" / f"{data} time {guidance}.json").write_text(json.dumps(entry))
-
-
-def validation(data):
-    """The 5,000 pictures on which settings were chosen, which no table uses -> runs0/DATA-validation.npz: shapes of a third seed, the end of fashion-mnist's train split."""
-    source = tokenizers.open_source("shapes" if data == "shapes" else FASHION, "train", 32, 5000 if data == "shapes" else None)
-    if data == "shapes":
-        source.seed = 2
-    pictures = np.stack([source.read(i) for i in range(len(source.labels))[-5000:]])
-    tokenizers.write_whole(ROOT / "runs0" / f"{data}-validation.npz", lambda file: np.savez(file, arr_0=pictures.transpose(0, 2, 3, 1)))
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return dict(
+        data=data,
+        seed=seed,
+        key=key,
+        command=" && ".join("python " + " ".join(command) for command in commands),
+        commit=commit,
+        hardware=hardware(),
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        seconds=round(time.time() - began, 1),
+    )
 
 
 def values(result):
-    """What the tables need of one result of fid.py."""
-    return dict(source=result["source"], count=result["count"], FD=round(result["frechet_distance"], 4), CS=round(result["classifier_score"]["mean"], 3),
-                seconds=result["seconds"], settings=result.get("settings"))
+    """What the tables need of one result in a report of fid.py."""
+    return dict(
+        source=result["source"],
+        count=result["count"],
+        FD=round(result["frechet_distance"], 4),
+        CS=round(result["classifier_score"]["mean"], 3),
+        seconds=result["seconds"],
+    )
 
 
-def collect():
-    """All reports of fid.py in runs*/findings -> assets/findings.json, one line an entry."""
-    entries = [entry for path in ROOT.glob("runs*/findings/*.json") if "results" in (entry := json.loads(path.read_text()))]
-    entries.sort(key=lambda e: (e["data"], e["key"], e["seed"]))
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
+def run(data, seed, only):
+    """Carry out the plan; a row whose entry is there already is not repeated.
+
+    - only: names of rows, or None for all of them; a name stands for its training, too
+    """
+    folder = ROOT / f"runs{seed}" / "findings"
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, commands in plan(data, seed):
+        file = folder / f"{data} {key}.json"
+        wanted = only is None or key.removeprefix("train ") in only
+        if file.is_file() or not wanted:
+            continue
+        print(time.strftime("%H:%M:%S"), data, seed, key, flush=True)
+        began = time.time()
+        results = []
+        for command in commands:
+            if command[0] == "fid.py":
+                report = folder / f"{data} {key}.report"
+                start([*command, "--json", str(report)])
+                results += [values(result) for result in json.loads(report.read_text())["results"]]
+            else:
+                start(command)
+        (ROOT / pictures_file(data, seed, key)).unlink(missing_ok=True)
+        entry = about(data, seed, key, commands, began)
+        if results:
+            entry["results"] = results
+        file.write_text(json.dumps(entry))
+
+
+def epoch_seconds(data, seed, folder):
+    """Seconds of an epoch, from 100 training steps after the first 50 of a run in `folder`."""
+    seconds = {}
+    with (ROOT / folder / "log.csv").open() as file:
+        for row in csv.DictReader(file):
+            seconds[int(row["step"])] = float(row["seconds"])
+    tokens = json.loads((ROOT / f"runs{seed}" / data / "tokens" / "meta.json").read_text())
+    steps = tokens["made_from"]["pictures"] / 32
+    return (seconds[150] - seconds[50]) / 100 * steps
+
+
+def time_methods(data, seed):
+    """Table 2: seconds of an epoch, and seconds an image of 240 samples drawn at once."""
+    for guidance in METHODS:
+        began = time.time()
+        key = f"time {guidance}"
+        folder = f"runs{seed}/{data}-{guidance}-timed"
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
+        _, [train] = training(data, seed, guidance, guidance, "--steps", "150")
+        train += ["--out", folder]
+        draw = sampling(data, seed, key, guidance, 240, "--batch-size", "240")
+
+        start(train)
+        said = start(draw, capture_output=True, text=True).stdout
+        (ROOT / pictures_file(data, seed, key)).unlink()
+        image = float(said.split(" s/image")[0])
+        epoch = round(epoch_seconds(data, seed, folder), 1)
+
+        entry = about(data, seed, key, [train, draw], began)
+        entry["results"] = [dict(image=image, epoch=epoch)]
+        file = ROOT / f"runs{seed}" / "findings" / f"{data} {key}.json"
+        file.write_text(json.dumps(entry))
+
+
+def validation(data):
+    """Write runs0/DATA-validation.npz: 5,000 pictures that no table uses.
+
+    They are shapes of a third seed, or the end of fashion-mnist's train split.
+    """
+    count = 5000
+    if data == "shapes":
+        source = tokenizers.open_source("shapes", "train", 32, count)
+        source.seed = 2
+    else:
+        source = tokenizers.open_source(SOURCE[data], "train", 32, None)
+    last = range(len(source.labels))[-count:]
+    pictures = np.stack([source.read(i) for i in last])                  # (n, 3, H, W)
+    np.savez(ROOT / "runs0" / f"{data}-validation.npz", arr_0=pictures.transpose(0, 2, 3, 1))
 
 
 def draw(data, seed, columns=20):
-    """One row of pictures a method, all from the same X_d, noise and classes -> assets/findings-DATA.png: X_d alone, then METHODS."""
-    rows, y = [], torch.arange(columns) // 2 % 10
-    for key in ("discrete", *METHODS):
-        args = fid.parse(next(command for name, command in plan(data, seed) if name == key.replace("discrete", "dcmix"))[1:])
-        system = sample.open_run(ROOT / args.pictures, args)
-        rows.append(system.draw(seed, range(columns), y, "discrete" if key == "discrete" else "continuous"))
-    sample.save_grid(torch.cat(rows), ROOT / "assets" / f"findings-{data}.png", columns)
+    """Write assets/findings-DATA.png: a row of X_d alone, then one of each method.
+
+    All rows share X_d, noise and classes; two neighbouring columns share a class.
+    """
+    classes = ",".join(str(k // 2) for k in range(columns))
+    rows = []
+    for method in ("discrete", *METHODS):
+        key = f"grid {method}"
+        if method == "discrete":
+            command = sampling(data, seed, key, "dcmix", columns, "--decode", "discrete")
+        else:
+            command = sampling(data, seed, key, method, columns)
+        start([*command, "--classes", classes])
+        file = ROOT / pictures_file(data, seed, key)
+        rows.append(np.load(file)["arr_0"].transpose(0, 3, 1, 2))        # (columns, 3, H, W)
+        file.unlink()
+    images = torch.tensor(np.concatenate(rows))
+    sample.save_png(sample.tile(images, columns), ROOT / "assets" / f"findings-{data}.png")
 
 
-# the README's tables
-
-TABLE_1 = (("held-out pictures through the VAE (x_c)", "dcmix", 1, "1.01M"), ("held-out pictures through the bit tokenizer (x_d)", "dcmix", 2, "0.60M"),
-           ("discrete decode: the prior's X_d alone", "discrete", 0, "0.83M"), ("none (plain MAR on the same x_c)", "none", 0, "2.45M"),
-           ("**dcmix**", "dcmix", 0, "2.45M"), ("dcsa", "dcsa", 0, "2.50M"), ("dcca", "dcca", 0, "3.11M"), ("dcmix with a fourth layer", "deeper", 0, "3.07M"))
-TABLE_2 = (("none", 2.45, 64), ("dcmix", 2.45, 64), ("dcsa", 2.50, 128), ("dcca", 3.11, 64))         # guidance, million parameters, tokens
-FIGURE_8 = (("dcmix, the checkpoint", "dcmix"), ("trained on without TI-Mix", "longer"), ("trained on with TI-Mix", "ti"))
-X_D = (("one step, as TI-Mix's x_hat where all is masked", "discrete 1"), ("16 steps, as X_d at inference", "discrete 16"))
-SIGHT = (("dcmix: X_d at hidden positions, in the decoder", "dcmix"), ("dcmix with `--mix-at encoder`: there, in both", "encoder"))
-DATA = ("shapes", "fashion-mnist")
+def collect():
+    """Write assets/findings.json: all entries with results in runs*/findings, one a line."""
+    entries = [json.loads(path.read_text()) for path in ROOT.glob("runs*/findings/*.json")]
+    entries = [entry for entry in entries if "results" in entry]
+    entries.sort(key=lambda entry: (entry["data"], entry["key"], entry["seed"]))
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    RESULTS.write_text(f"[\n{lines}\n]\n")
 
 
-def found(entries, data, key, place=0, value="FD"):
-    """The value in place `place` of the reports of a row, one a seed."""
-    return [entry["results"][place][value] for entry in entries if (entry["data"], entry["key"]) == (data, key)]
+# the tables of docs/findings.md
+
+TABLE_1 = (
+    ("held-out x_c, decoded", "vae", "1.01M"),
+    ("held-out x_d, decoded", "vq", "0.60M"),
+    ("the prior's X_d, decoded", "discrete", "0.83M"),
+    ("none (plain MAR on the same x_c)", "none", "2.45M"),
+    ("**dcmix**", "dcmix", "2.45M"),
+    ("dcsa", "dcsa", "2.50M"),
+    ("dcca", "dcca", "3.11M"),
+    ("dcmix with a fourth layer", "deeper", "3.07M"),
+)
+SIGHT = (
+    ("dcmix: X_d at hidden positions, in the decoder", "dcmix sight"),
+    ("dcmix with `--mix-at encoder`: there, in both", "encoder sight"),
+)
+# guidance, million parameters, tokens
+TABLE_2 = (
+    ("none", 2.45, 64),
+    ("dcmix", 2.45, 64),
+    ("dcsa", 2.50, 128),
+    ("dcca", 3.11, 64),
+)
+FIGURE_8 = (
+    ("dcmix, the checkpoint", "dcmix"),
+    ("trained on without TI-Mix", "longer"),
+    ("trained on with TI-Mix", "ti"),
+)
+X_D = (
+    ("the prior in one step, as TI-Mix's x_hat where all is masked", "discrete 1"),
+    ("the prior in 16 steps, as X_d at inference", "discrete 16"),
+)
+
+
+def row_of(entry, result):
+    """The key of the row that a result belongs to; "vae" and "vq" are what they reconstructed."""
+    for tokenizer in ("vae", "vq"):
+        if f"reconstructed by the {tokenizer} of" in result.get("source", ""):
+            return tokenizer
+    return entry["key"]
+
+
+def found(entries, data, key, value="FD"):
+    """The measured numbers of a row, one a seed."""
+    by_seed = {}
+    for entry in entries:
+        for result in entry["results"]:
+            if entry["data"] == data and row_of(entry, result) == key:
+                by_seed[entry["seed"]] = result[value]
+    return list(by_seed.values())
 
 
 def cell(numbers, digits=2):
-    """Mean and, of several seeds, the standard deviation; a value alone is of one seed."""
+    """The mean and, of several seeds, the standard deviation."""
     if not numbers:
         return ""
-    spread = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{spread}"
+    mean = f"{np.mean(numbers):.{digits}f}"
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ± {np.std(numbers, ddof=1):.{digits}f}"
 
 
-def markdown(head, rows, constants=0):
-    """A table without the rows that have no number yet; the last `constants` columns are known beforehand."""
-    rows = [row for row in rows if any(row[1:len(row) - constants])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+def markdown(head, rows):
+    """A table of the cells of `head` and `rows`."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_1(entries):
+    head = ["", "shapes FD", "shapes CS", "fashion-mnist FD", "fashion-mnist CS", "parameters"]
+    rows = []
+    for label, key, parameters in TABLE_1:
+        row = [label]
+        for data in DATA:
+            row.append(cell(found(entries, data, key, "FD")))
+            row.append(cell(found(entries, data, key, "CS")))
+        rows.append([*row, parameters])
+    return markdown(head, rows)
+
+
+def mix_at(entries):
+    rows = []
+    for label, key in SIGHT:
+        FD = found(entries, "shapes", key, "FD")
+        CS = found(entries, "shapes", key, "CS")
+        rows.append([label, cell(FD), cell(CS)])
+    return markdown(["shapes", "FD", "CS"], rows)
+
+
+def table_2(entries):
+    rows = []
+    for guidance, millions, tokens in TABLE_2:
+        image = cell(found(entries, "shapes", f"time {guidance}", "image"), digits=4)
+        epoch = cell(found(entries, "shapes", f"time {guidance}", "epoch"), digits=1)
+        rows.append([guidance, image, epoch, f"{millions:.2f}M", str(tokens)])
+    return markdown(["", "s/image", "s/epoch", "parameters", "tokens"], rows)
+
+
+def figure_8(entries):
+    head = ["FD", "shapes, drawn X_d", "shapes, true X_d"]
+    head += ["fashion-mnist, drawn X_d", "fashion-mnist, true X_d"]
+    rows = []
+    for label, run in FIGURE_8:
+        row = [label]
+        for data in DATA:
+            row.append(cell(found(entries, data, f"{run} few")))
+            row.append(cell(found(entries, data, f"{run} truth")))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def x_d_alone(entries):
+    rows = []
+    for label, key in X_D:
+        rows.append([label, *(cell(found(entries, data, key)) for data in DATA)])
+    return markdown(["FD of X_d alone", *DATA], rows)
+
+
+def ar_steps(entries):
+    head = ["AR steps", "shapes, none", "shapes, dcmix"]
+    head += ["fashion-mnist, none", "fashion-mnist, dcmix"]
+    rows = []
+    for n in AR_STEPS:
+        row = [str(n)]
+        for data in DATA:
+            row.append(cell(found(entries, data, f"none ar {n}")))
+            row.append(cell(found(entries, data, f"dcmix ar {n}")))
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def diffusion_steps(entries):
+    rows = []
+    for n in (*DIFFUSION_STEPS, *FALLING):
+        key = f"dcmix diffusion {n}"
+        rows.append([n, *(cell(found(entries, data, key)) for data in DATA)])
+    return markdown(["diffusion steps", *DATA], rows)
 
 
 def tables(entries):
-    """The entries of assets/findings.json -> {name: a table of the README in markdown}."""
-    cells = lambda key, place=0, *values: [cell(found(entries, d, key, place, value)) for d in DATA for value in values or ("FD",)]
-    sweep = lambda keys: [cell(found(entries, d, key)) for key in keys]
-    made = {
-        "Table 1": markdown(["", *(f"{d} {v}" for d in DATA for v in ("FD", "CS")), "parameters"],
-                            [[label, *cells(key, place, "FD", "CS"), parameters] for label, key, place, parameters in TABLE_1], 1),
-        "Mix at": markdown(["shapes", "FD", "CS"], [[label, *(cell(found(entries, "shapes", f"{key} sight", 0, v)) for v in ("FD", "CS"))] for label, key in SIGHT]),
-        "Table 2": markdown(["", "s/image", "s/epoch", "parameters", "tokens"],
-                            [[name, *(cell(found(entries, "shapes", f"time {name}", 0, x), digits) for x, digits in (("image", 4), ("epoch", 1))),
-                              f"{millions:.2f}M", str(tokens)] for name, millions, tokens in TABLE_2], 2),
-        "Figure 8": markdown(["FD", *(f"{d}, {x}" for x in ("X_d of the prior", "true X_d") for d in DATA)],
-                             [[label, *cells(f"{key} few"), *cells(f"{key} truth")] for label, key in FIGURE_8]),
-        "X_d alone": markdown(["FD of X_d alone", *DATA], [[f"the prior in {steps}", *cells(key)] for steps, key in X_D]),
-        "AR steps": markdown(["FD", *map(str, AR_STEPS)], [[f"{d}, {run}", *(cell(found(entries, d, f"{run} ar {n}")) for n in AR_STEPS)] for d in DATA for run in ("none", "dcmix")]),
-        "diffusion steps": markdown(["FD of dcmix", *map(str, DIFFUSION_STEPS), *ANNEALED],
-                                    [[d, *(cell(found(entries, d, f"dcmix diffusion {n}")) for n in (*DIFFUSION_STEPS, *ANNEALED))] for d in DATA])}
-    return {name: table for name, table in made.items() if table.count("\n") > 1}                # without those that have no row yet
+    """The entries of assets/findings.json -> {name: table in markdown}."""
+    return {
+        "Table 1": table_1(entries),
+        "Mix at": mix_at(entries),
+        "Table 2": table_2(entries),
+        "Figure 8": figure_8(entries),
+        "X_d alone": x_d_alone(entries),
+        "AR steps": ar_steps(entries),
+        "diffusion steps": diffusion_steps(entries),
+    }
 
 
-# the README's plots
+# the plots of docs/findings.md
 
-COLOURS = dict(none="#777777", dcmix="#c03020", dcsa="#2060c0", dcca="#209050", deeper="#c08020", fixed="#c03020", falling="#2060c0")
+PANEL_WIDTH = 480
+PANEL_HEIGHT = 340
+COLOURS = dict(
+    none="#777777",
+    dcmix="#c03020",
+    dcsa="#2060c0",
+    dcca="#209050",
+    deeper="#c08020",
+    fixed="#c03020",
+    falling="#2060c0",
+)
 
 
-def plot(draw, left, top, title, axis, lines, W=480, H=340):
-    """One panel: lines {name: [(x, numbers)]}, x on a logarithmic axis, the mean of the numbers with their standard deviation as a bar."""
-    points = [(name, x, np.mean(n), np.std(n, ddof=1) if len(n) > 1 else 0) for name, line in lines.items() for x, n in line]
-    _, xs, means, spreads = zip(*points)
-    most, x0, x1, y0, y1 = 1.05 * max(np.add(means, spreads)), left + 60, left + W - 90, top + H - 50, top + 40
-    span = np.log(max(xs) / min(xs)) or 1                                 # a single x stands at the left
-    X = lambda x: x0 + (x1 - x0) * (0.08 + 0.84 * np.log(x / min(xs)) / span)
-    Y = lambda y: y0 + (y1 - y0) * y / most
-    write = lambda x, y, text, anchor, colour="black": draw.text((x, y), text, colour, ImageFont.load_default(14), anchor)
-    write(x0, top + 14, title, "lm")
-    write((x0 + x1) / 2, y0 + 38, axis, "mm")
-    draw.line([(x0, y1), (x0, y0), (x1, y0)], "black")
-    for y in np.arange(0, most, next(step for k in (0.01, 0.1, 1, 10) for step in (k, 2 * k, 5 * k) if most / step < 8)):
-        draw.line([(x0 - 4, Y(y)), (x0, Y(y))], "black")
-        write(x0 - 8, Y(y), f"{y:.3g}", "rm")
-    right = x0
-    for x in sorted(set(xs)):
-        if X(x) > right:                                                     # beside the tick before it
-            write(X(x), y0 + 12, f"{x:g}", "mm")
-            right = X(x) + 32
-    labels = []
-    for name, line in sorted(lines.items(), key=lambda item: -np.mean(item[1][-1][1])):
-        draw.line([(X(x), Y(np.mean(n))) for x, n in line], COLOURS[name], 2)
-        x, y = X(line[-1][0]) + 8, Y(np.mean(line[-1][1]))
-        while any(abs(x - a) < 50 and abs(y - b) < 15 for a, b in labels):   # below the label it would cover
-            y += 1
-        labels.append((x, y))
-        write(x, y, name, "lm", COLOURS[name])
-    for name, x, mean, spread in points:
-        draw.line([(X(x), Y(mean - spread)), (X(x), Y(mean + spread))], COLOURS[name])
-        draw.ellipse([X(x) - 4, Y(mean) - 4, X(x) + 4, Y(mean) + 4], COLOURS[name])
+def tick_step(most):
+    """The smallest of 0.01, 0.02, 0.05, 0.1, ... that gives at most eight ticks up to `most`."""
+    for power in (0.01, 0.1, 1, 10):
+        for step in (power, 2 * power, 5 * power):
+            if most / step < 8:
+                return step
+
+
+class Panel:
+    """One plot of lines {name: [(x, numbers)]}; x has a logarithmic axis, y begins at 0.
+
+    A point stands at the mean of its numbers, a bar shows their standard deviation.
+    """
+
+    def __init__(self, image, left, top, lines):
+        self.pen = ImageDraw.Draw(image)
+        self.font = ImageFont.load_default(14)
+        self.lines = lines
+        self.points = []
+        for name, line in lines.items():
+            for x, numbers in line:
+                spread = np.std(numbers, ddof=1) if len(numbers) > 1 else 0
+                self.points.append((name, x, np.mean(numbers), spread))
+        self.xs = sorted({x for _, x, _, _ in self.points})
+        self.most = 1.05 * max(mean + spread for _, _, mean, spread in self.points)
+        # the axes, in pixels
+        self.top = top
+        self.x0 = left + 60
+        self.x1 = left + PANEL_WIDTH - 90
+        self.y0 = top + PANEL_HEIGHT - 50
+        self.y1 = top + 40
+
+    def x(self, value):
+        """The column of pixels of a value; a single one stands at the left."""
+        first, last = self.xs[0], self.xs[-1]
+        span = np.log(last / first) or 1
+        return self.x0 + (self.x1 - self.x0) * (0.08 + 0.84 * np.log(value / first) / span)
+
+    def y(self, value):
+        """The row of pixels of a value."""
+        return self.y0 + (self.y1 - self.y0) * value / self.most
+
+    def write(self, x, y, text, anchor, colour="black"):
+        self.pen.text((x, y), text, colour, self.font, anchor)
+
+    def axes(self, title, axis):
+        """Title, axes and ticks; a tick on the x axis that would cover the last has no number."""
+        self.write(self.x0, self.top + 14, title, "lm")
+        self.write((self.x0 + self.x1) / 2, self.y0 + 38, axis, "mm")
+        self.pen.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], "black")
+        for value in np.arange(0, self.most, tick_step(self.most)):
+            y = self.y(value)
+            self.pen.line([(self.x0 - 4, y), (self.x0, y)], "black")
+            self.write(self.x0 - 8, y, f"{value:.3g}", "rm")
+        free_from = self.x0
+        for value in self.xs:
+            x = self.x(value)
+            if x > free_from:
+                self.write(x, self.y0 + 12, f"{value:g}", "mm")
+                free_from = x + 32
+
+    def curves(self):
+        """Each line with its name at its end, from the highest end to the lowest."""
+        ends = {name: np.mean(line[-1][1]) for name, line in self.lines.items()}
+        labels = []
+        for name in sorted(ends, key=ends.get, reverse=True):
+            line = self.lines[name]
+            self.pen.line([(self.x(x), self.y(np.mean(n))) for x, n in line], COLOURS[name], 2)
+            x = self.x(line[-1][0]) + 8
+            y = self.y(ends[name])
+            # a name that would cover another goes below it
+            while any(abs(x - a) < 50 and abs(y - b) < 15 for a, b in labels):
+                y += 1
+            labels.append((x, y))
+            self.write(x, y, name, "lm", COLOURS[name])
+
+    def means(self):
+        """Each point with its bar."""
+        for name, value, mean, spread in self.points:
+            x = self.x(value)
+            y = self.y(mean)
+            bar = [(x, self.y(mean - spread)), (x, self.y(mean + spread))]
+            self.pen.line(bar, COLOURS[name])
+            self.pen.ellipse([x - 4, y - 4, x + 4, y + 4], COLOURS[name])
+
+
+def lines_of(entries, data, points):
+    """Points (name, x, key) -> {name: [(x, numbers)]}, without those not yet measured."""
+    lines = {}
+    for name, x, key in points:
+        numbers = found(entries, data, key)
+        if numbers:
+            lines.setdefault(name, []).append((x, numbers))
+    return lines
+
+
+def save_figure(entries, figure, panels):
+    """Write assets/findings-FIGURE.png: a row a data set, a column for each of two panels.
+
+    - panels: pairs (label of the x axis, points as in lines_of)
+    """
+    image = Image.new("RGB", (2 * PANEL_WIDTH, 2 * PANEL_HEIGHT), "white")
+    for i, data in enumerate(DATA):
+        for k, (axis, points) in enumerate(panels):
+            lines = lines_of(entries, data, points)
+            if lines:
+                panel = Panel(image, PANEL_WIDTH * k, PANEL_HEIGHT * i, lines)
+                panel.axes(f"FD, {data}", axis)
+                panel.curves()
+                panel.means()
+    image.save(ROOT / "assets" / f"findings-{figure}.png")
 
 
 def plots(entries):
-    """assets/findings-figure7.png, FD against tokens and parameters; findings-steps.png, FD against AR and diffusion steps."""
-    def lines(data, points):
-        """[(name, x, key)] -> {name: [(x, numbers)]} of those that are measured."""
-        out = {}
-        for name, x, key in points:
-            if numbers := found(entries, data, key):
-                out.setdefault(name, []).append((x, numbers))
-        return out
+    """FD against tokens and parameters, and FD against AR steps and diffusion steps."""
+    tokens = [(name, count, name) for name, _, count in TABLE_2]
+    parameters = [(name, millions, name) for name, millions, _ in TABLE_2]
+    parameters.append(("deeper", 3.07, "deeper"))
+    save_figure(entries, "figure7", [("tokens", tokens), ("million parameters", parameters)])
 
-    figures = {"figure7": (("tokens", lambda d: lines(d, [(name, tokens, name) for name, _, tokens in TABLE_2])),
-                           ("million parameters", lambda d: lines(d, [(name, millions, name) for name, millions, _ in (*TABLE_2, ("deeper", 3.07, 64))]))),
-               "steps": (("AR steps", lambda d: lines(d, [(run, n, f"{run} ar {n}") for run in ("none", "dcmix") for n in AR_STEPS])),
-                         ("diffusion steps (falling: the mean)", lambda d: lines(d, [("fixed", n, f"dcmix diffusion {n}") for n in DIFFUSION_STEPS] +
-                                                       [("falling", sum(map(int, n.split(":"))) / 2, f"dcmix diffusion {n}") for n in ANNEALED])))}
-    for figure, panels in figures.items():
-        image = Image.new("RGB", (960, 680), "white")
-        for i, d in enumerate(DATA):
-            for k, (axis, of) in enumerate(panels):
-                if found_lines := of(d):
-                    plot(ImageDraw.Draw(image), 480 * k, 340 * i, f"FD, {d}", axis, found_lines)
-        image.save(ROOT / "assets" / f"findings-{figure}.png")
+    ar = []
+    for run in ("none", "dcmix"):
+        for n in AR_STEPS:
+            ar.append((run, n, f"{run} ar {n}"))
+    diffusion = [("fixed", int(n), f"dcmix diffusion {n}") for n in DIFFUSION_STEPS]
+    for n in FALLING:
+        first, last = n.split(":")
+        diffusion.append(("falling", (int(first) + int(last)) / 2, f"dcmix diffusion {n}"))
+    panels = [("AR steps", ar), ("diffusion steps (falling: the mean)", diffusion)]
+    save_figure(entries, "steps", panels)
 
 
-if __name__ == "__main__":
+def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("what", choices=["run", "time", "draw", "validation", "collect", "tables", "plots"])
-    p.add_argument("data", nargs="?", choices=["shapes", "fashion-mnist"])
+    actions = ["run", "time", "draw", "validation", "collect", "tables", "plots"]
+    p.add_argument("what", choices=actions)
+    p.add_argument("data", nargs="?", choices=DATA)
     p.add_argument("seed", nargs="?", type=int)
-    p.add_argument("--only", nargs="*", help="keys of rows")
+    p.add_argument("--only", nargs="*", help="names of rows, with their trainings (default: all)")
     args = p.parse_args()
     if args.what == "run":
         run(args.data, args.seed, args.only)
@@ -290,3 +634,7 @@ if __name__ == "__main__":
     else:
         for name, table in tables(json.loads(RESULTS.read_text())).items():
             print(f"{name}\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

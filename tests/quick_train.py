@@ -1,4 +1,7 @@
-"""train.py with few sampling steps, so that the pictures at its end take no time; started by test_train.py."""
+"""train.py with a row in the log for every step and cheap pictures, for tests that start a program.
+
+Importing this file makes the pictures cheap: few sampling steps without guidance.
+"""
 import sys
 from pathlib import Path
 
@@ -7,6 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import train
 
-sample.SAMPLING["tiny"] |= dict(ar_steps=2, diffusion_steps=2, prior_steps=2)
+CHEAP = dict(ar_steps=2, diffusion_steps=2, cfg=1.0, prior_steps=2, prior_cfg=0.0)
+
+sample.SAMPLING["tiny"] |= CHEAP
 if __name__ == "__main__":
+    train.LOG_EVERY = 1
     train.main()

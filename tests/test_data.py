@@ -1,34 +1,33 @@
-"""Images and the token cache of tokenizers.py: every way in, and what is said when something is wrong."""
+"""Pictures and the token cache of tokenizers.py: every way in, and what is said if it is wrong."""
 import gzip
 import json
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import tokenizers
-import train
 from backbone import PRESETS
 
 
 def picture(path, mode="RGB", size=(40, 50), colour=(200, 30, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", size, colour)
-    (image if mode == "RGB" else image.convert(mode)).save(path)
+    Image.new("RGB", size, colour).convert(mode).save(path)
 
 
 def write_idx(path, array, opener=open):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
     with opener(path, "wb") as file:
-        file.write(header + array.tobytes())
+        file.write(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
 
 
-def cache_images(folder, source):
-    """Pixels of all pictures and which rows could be read, as train.py caches them."""
-    train.cache(folder, source, lambda pictures: {"pixels": pictures}, 64)
-    return tokenizers.readable(folder, "pixels")
+def open_folder(folder, split="train"):
+    return tokenizers.open_source(str(folder), split, 32, None)
+
+
+def shapes(count):
+    return tokenizers.open_source("shapes", "train", 32, count)
 
 
 @pytest.fixture
@@ -45,295 +44,411 @@ def folder(tmp_path):
 
 
 def test_shapes_are_a_function_of_split_and_index():
-    few, many = tokenizers.open_source("shapes", "train", 32, 20), tokenizers.open_source("shapes", "train", 32, 5000)
+    few = shapes(20)
+    many = shapes(5000)
     assert all((few.read(i) == many.read(i)).all() for i in range(20))
     assert few.labels.tolist() == [i % 10 for i in range(20)]
     test = tokenizers.open_source("shapes", "test", 32, 20)
     assert not any((few.read(i) == test.read(i)).all() for i in range(20))
 
 
-@pytest.mark.parametrize("label", range(10))
-def test_shapes_outlines_are_inside_at_negative_distance(label):
+@pytest.mark.parametrize("name", tokenizers.Shapes.classes)
+def test_shapes_outlines_are_inside_at_negative_distance(name):
     """The figure covers a sensible part of the square, and the rim of [-1, 1]^2 is outside."""
     axis = np.linspace(-1, 1, 81)
-    distance = tokenizers.Shapes.distance(label, axis[None, :], -axis[:, None])
+    label = tokenizers.Shapes.classes.index(name)
+    distance = tokenizers.Shapes.distances(axis[None, :], -axis[:, None])[label]
     assert 0.1 < (distance < 0).mean() < 0.65
-    assert all((edge > 0).mean() > 0.8 for edge in (distance[0], distance[-1], distance[:, 0], distance[:, -1]))
+    rim = (distance[0], distance[-1], distance[:, 0], distance[:, -1])
+    assert all((edge > 0).mean() > 0.8 for edge in rim)
 
 
 def test_folder_reads_every_mode_as_rgb(folder):
-    source = tokenizers.open_source(str(folder), "train", 32, None)
-    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1, 1, 1]
+    source = open_folder(folder)
+    assert source.classes == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 0, 1, 1, 1]
     pictures = [source.read(i) for i in range(5)]
     assert all(p.shape == (3, 32, 32) and p.dtype == np.uint8 for p in pictures)
-    names = ["grey", "rgb", "cmyk", "palette", "rgba"]
-    seen = dict(zip(names, pictures))
-    assert (abs(seen["rgb"][:, 16, 16].astype(int) - [200, 30, 30]) <= 1).all()
-    assert (abs(seen["cmyk"][:, 16, 16].astype(int) - [200, 30, 30]) <= 12).all()
-    assert len(set(seen["grey"][:, 16, 16].tolist())) == 1
-    assert (seen["rgba"][:, 16, 28] > 250).all(), "transparent pixels are laid on white"
+    grey, rgb, cmyk, _, rgba = [p.astype(int) for p in pictures]
+    assert (abs(rgb[:, 16, 16] - [200, 30, 30]) <= 1).all()
+    assert (abs(cmyk[:, 16, 16] - [200, 30, 30]) <= 12).all()
+    assert len(set(grey[:, 16, 16].tolist())) == 1
+    assert (rgba[:, 16, 28] > 250).all(), "transparent pixels are laid on white"
 
 
 def test_sixteen_bit_grey_is_scaled(tmp_path):
     Image.fromarray(np.full((32, 32), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(tokenizers.read_rgb(tmp_path / "deep.png"))[0, 0].tolist() == [100, 100, 100]
+    image = tokenizers.read_rgb(tmp_path / "deep.png")
+    assert np.asarray(image)[0, 0].tolist() == [100, 100, 100]
 
 
 def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tmp_path, capsys):
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     data = (folder / "dog" / "rgba.png").read_bytes()
     (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
-    pixels, readable = cache_images(tmp_path / "out", tokenizers.open_source(str(folder), "train", 32, None))
+    source = open_folder(folder)
+    pixels, labels = tokenizers.read_all(source)
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
-    assert pixels.shape == (7, 3, 32, 32) and readable.tolist() == [1, 2, 3, 4, 5]
+    assert pixels.shape == (5, 3, 32, 32)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+    assert (pixels[4] == source.read(5)).all()
+
+    tokenizers.cache_tokens(tmp_path / "out", source, *tiny_tokenizers(), "cpu")
+    assert "skipped 2 unreadable of 7" in capsys.readouterr().out
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert len(meta["skipped"]) == 2 and meta["complete"]
-    assert (pixels[5] == tokenizers.open_source(str(folder), "train", 32, None).read(5)).all()
+    assert tokenizers.Tokens(tmp_path / "out").rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="none of its 1 pictures"):
-        cache_images(tmp_path / "out", tokenizers.open_source(str(tmp_path / "in"), "train", 32, None))
+        tokenizers.read_all(open_folder(tmp_path / "in"))
 
 
 def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
     """An unreadable picture is tried again as long as the cache is not complete."""
     source = shapes(20)
-    shipped = type(source).read
-    source.read = lambda i: "a broken disk" if i == 7 else shipped(source, i)
+    read = source.read
     write_json = tokenizers.write_json
-    monkeypatch.setattr(tokenizers, "write_json", lambda path, meta: None if meta["complete"] else write_json(path, meta))
-    assert 7 not in cache_images(tmp_path, source)[1]
-    assert 7 in cache_images(tmp_path, shapes(20))[1]
+
+    def broken_disk(i):
+        return "a broken disk" if i == 7 else read(i)
+
+    def write_unless_complete(path, meta):
+        if not meta["complete"]:
+            write_json(path, meta)
+
+    source.read = broken_disk
+    monkeypatch.setattr(tokenizers, "write_json", write_unless_complete)
+    vae, vq = tiny_tokenizers()
+    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu")
+    assert np.load(tmp_path / "status.npy")[7] == 2
+    tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
+    assert np.load(tmp_path / "status.npy")[7] == 1
 
 
 def test_two_programs_filling_one_cache_are_noticed(tmp_path):
-    """A second program begins the files anew while the first one is at it: the rows written before are gone."""
+    """A second program begins the files anew: the rows written before are gone."""
     source = shapes(200)
-    shipped = type(source).read
+    shipped = source.read
 
     def read(i):
         if i == 150:
             np.lib.format.open_memmap(tmp_path / "status.npy", "r+")[:] = 0
-        return shipped(source, i)
+        return shipped(i)
+
     source.read = read
+    vae, vq = tiny_tokenizers()
     with pytest.raises(SystemExit, match="another program was filling it, too"):
-        cache_images(tmp_path, source)
-    assert len(cache_images(tmp_path, shapes(200))[1]) == 200
+        tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=50)
+    tokenizers.cache_tokens(tmp_path, shapes(200), vae, vq, "cpu", batch=50)
+    assert (np.load(tmp_path / "status.npy") == 1).all()
 
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: no pictures in this folder; remove it or fill it"):
-        tokenizers.open_source(str(folder), "train", 32, None)
+    with pytest.raises(SystemExit, match="empty: no pictures in this folder; fill it or remove it"):
+        open_folder(folder)
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
-        tokenizers.open_source(str(tmp_path / "nowhere"), "train", 32, None)
+        open_folder(tmp_path / "nowhere")
     (tmp_path / "void").mkdir()
-    with pytest.raises(SystemExit, match="void: no pictures in this folder, and no MNIST-family idx files"):
-        tokenizers.open_source(str(tmp_path / "void"), "train", 32, None)
+    with pytest.raises(SystemExit, match="void: no pictures in this folder"):
+        open_folder(tmp_path / "void")
 
 
 def test_train_and_val_folders_are_the_splits(folder, tmp_path):
     """Where nothing is held out, the test split is the other one, and says so."""
-    picture(tmp_path / "set" / "train" / "cat" / "a.png")
-    part, all_of_them = (tokenizers.open_source(str(tmp_path / "set"), split, 32, None) for split in ("test", "train"))
-    assert part.files == all_of_them.files and not part.held_out
-    picture(tmp_path / "set" / "val" / "cat" / "b.png", colour=(0, 0, 255))
-    held_out = tokenizers.open_source(str(tmp_path / "set"), "test", 32, None)
-    assert held_out.held_out and len(held_out.files) == 1 and held_out.read(0)[2, 5, 5] == 255
-    assert tokenizers.open_source(str(tmp_path / "set"), "train", 32, None).files == all_of_them.files
-    whole = tokenizers.open_source(str(folder), "test", 32, None)
-    assert whole.files == tokenizers.open_source(str(folder), "train", 32, None).files and not whole.held_out
+    root = tmp_path / "set"
+    picture(root / "train" / "cat" / "a.png")
+    training = open_folder(root)
+    test = open_folder(root, "test")
+    assert test.files == training.files and not test.held_out
+    picture(root / "val" / "cat" / "b.png", colour=(0, 0, 255))
+    test = open_folder(root, "test")
+    assert test.held_out and len(test.files) == 1
+    assert test.read(0)[2, 5, 5] == 255
+    assert open_folder(root).files == training.files
+    test = open_folder(folder, "test")
+    assert test.files == open_folder(folder).files and not test.held_out
 
 
 def test_a_folder_of_pictures_alone_is_one_class(tmp_path):
     for name in ("b.png", "a.png"):
         picture(tmp_path / "set" / name)
-    source = tokenizers.open_source(str(tmp_path / "set"), "train", 32, None)
-    assert source.classes == ["set"] and source.labels.tolist() == [0, 0] and [file.name for file in source.files] == ["a.png", "b.png"]
+    source = open_folder(tmp_path / "set")
+    assert source.classes == ["set"]
+    assert source.labels.tolist() == [0, 0]
+    assert [file.name for file in source.files] == ["a.png", "b.png"]
+
+
+def test_a_count_chooses_the_same_pictures_with_their_labels(folder):
+    """Some of the pictures, each with its own label; the same ones every time."""
+    everything = open_folder(folder)
+    few = tokenizers.open_source(str(folder), "train", 32, 3)
+    again = tokenizers.open_source(str(folder), "train", 32, 3)
+    assert len(set(few.files)) == 3 and few.files == again.files
+    for i, file in enumerate(few.files):
+        there = everything.files.index(file)
+        assert few.labels[i] == everything.labels[there]
+        assert (few.read(i) == everything.read(there)).all()
 
 
 @pytest.mark.parametrize("opener, ending", [(open, ""), (gzip.open, ".gz")])
 def test_idx_files_gz_or_not(tmp_path, opener, ending):
     images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    labels = np.array([2, 0, 1], np.uint8)
     write_idx(tmp_path / f"train-images-idx3-ubyte{ending}", images, opener)
-    write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", np.array([2, 0, 1], np.uint8), opener)
-    source, same = (tokenizers.open_source(str(tmp_path), split, 32, None) for split in ("train", "test"))
-    assert source.labels.tolist() == same.labels.tolist() == [2, 0, 1] and not source.mirror and not same.held_out
-    assert (source.read(1)[:, 2:30, 2:30] == images[1]).all() and source.read(1)[:, :2].max() == 0
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", labels, opener)
+    source = open_folder(tmp_path)
+    same = open_folder(tmp_path, "test")
+    assert source.labels.tolist() == same.labels.tolist() == [2, 0, 1]
+    assert not source.mirror and not same.held_out
+    assert (source.read(1)[:, 2:30, 2:30] == images[1]).all()
+    assert source.read(1)[:, :2].max() == 0
     write_idx(tmp_path / f"t10k-images-idx3-ubyte{ending}", images[::-1], opener)
-    write_idx(tmp_path / f"t10k-labels-idx1-ubyte{ending}", np.array([1, 0, 2], np.uint8), opener)
-    source, test = (tokenizers.open_source(str(tmp_path), split, 32, None) for split in ("train", "test"))
-    assert (source.labels.tolist(), source.held_out, test.labels.tolist(), test.held_out) == ([2, 0, 1], False, [1, 0, 2], True)
-    assert (source.read(0) == test.read(2)).all() and (source.read(0) != test.read(0)).any()
+    write_idx(tmp_path / f"t10k-labels-idx1-ubyte{ending}", labels[::-1], opener)
+    source = open_folder(tmp_path)
+    test = open_folder(tmp_path, "test")
+    assert source.labels.tolist() == [2, 0, 1] and not source.held_out
+    assert test.labels.tolist() == [1, 0, 2] and test.held_out
+    assert (source.read(0) == test.read(2)).all()
+    assert (source.read(0) != test.read(0)).any()
 
 
-def test_truncated_idx_file_is_one_line(tmp_path):
-    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
-    data = (tmp_path / "train-images-idx3-ubyte").read_bytes()
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(data[:100])
+def test_truncated_or_missing_idx_file_is_one_line(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte"
+    write_idx(path, np.zeros((3, 28, 28), np.uint8))
+    with pytest.raises(SystemExit, match="there is no file train-labels-idx1-ubyte"):
+        open_folder(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
     with pytest.raises(SystemExit, match="train-images-idx3-ubyte: not a readable idx file"):
-        tokenizers.open_source(str(tmp_path), "train", 32, None)
+        open_folder(tmp_path)
 
 
-def shapes(count):
-    return tokenizers.open_source("shapes", "train", 32, count)
-
-
-@pytest.mark.parametrize("head, body, words", [(b"\0\0\x0b\x01\0\0\0\x02", b"\0" * 4, "does not hold bytes"), (b"\0\0\x08\x01\0\0\0\0", b"", "labels")])
-def test_idx_files_of_another_kind_are_one_line(tmp_path, head, body, words):
-    """16-bit values, and a file without labels."""
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array([2, 28, 28], ">u4").tobytes() + bytes(2 * 28 * 28))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(head + body)
-    with pytest.raises(SystemExit, match=words):
-        tokenizers.open_source(str(tmp_path), "train", 32, None)
+def test_idx_file_of_16_bit_values_is_one_line(tmp_path):
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((2, 28, 28), np.uint8))
+    labels = b"\0\0\x0b\x01" + b"\0\0\0\x02" + bytes(4)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(SystemExit, match="train-labels-idx1-ubyte: not a readable idx file"):
+        open_folder(tmp_path)
 
 
 def test_other_pictures_in_a_folder_are_another_source(folder):
     """As many pictures under other names must not be taken for those in the cache."""
-    before = tokenizers.open_source(str(folder), "train", 32, None).made_from
+    before = open_folder(folder).made_from
     (folder / "cat" / "rgb.png").rename(folder / "cat" / "renamed.png")
-    after = tokenizers.open_source(str(folder), "train", 32, None).made_from
+    after = open_folder(folder).made_from
     assert before["pictures"] == after["pictures"] and before != after
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "x.json", tmp_path):
-        with pytest.raises(SystemExit, match="cannot be written"):
-            tokenizers.write_whole(path, lambda file: file.write(b"x"))
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_damaged_note_of_a_cache_is_one_line(tmp_path):
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(SystemExit, match="meta.json is damaged"):
-        tokenizers.read_json(tmp_path / "meta.json")
-
-
 def test_images_of_another_source_are_refused(tmp_path):
-    cache_images(tmp_path, shapes(10))
-    with pytest.raises(SystemExit, match="was made from"):
-        cache_images(tmp_path, shapes(20))
+    vae, vq = tiny_tokenizers()
+    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    with pytest.raises(SystemExit, match="was made with pictures 10, not 20"):
+        tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
 
 
 def tiny_tokenizers():
     torch.manual_seed(0)
     vae = tokenizers.KLVAE(**PRESETS["tiny"]["vae"]).eval()
-    vae.quant_conv.bias.data[8:] = 0.0                                       # log variances near 0, where float16 is fine
+    # Log variances near 0, where float16 is fine.
+    vae.quant_conv.bias.data[8:] = 0.0
     return vae, tokenizers.BitVQ(**PRESETS["tiny"]["vq"]).eval()
 
 
 def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
-    """Eq. (7): x_c and x_d of the cache are the tokenizers' own, row-major, x_c normalised per channel; u >= 0.5 gives the mirror image."""
+    """Eq. (7): x_c and x_d of the cache are the tokenizers' own, row-major.
+
+    x_c is normalised per channel; a uniform number of 0.5 or more gives the mirror image.
+    """
     vae, vq = tiny_tokenizers()
     source = shapes(50)
     source.mirror = True
-    train.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
-    tokens = tokenizers.Tokens(tmp_path, vae, vq)
-    assert tokens.n == 50 and tokens.labels.tolist() == source.labels.tolist() and tokens.classes == source.classes
-    mean, std, x_d, y = tokens.batch(np.array([3, 44]), lambda f: torch.tensor([0.4, 0.5]))
+    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
+    tokens = tokenizers.Tokens(tmp_path)
+    assert tokens.n == 50
+    assert tokens.labels.tolist() == source.labels.tolist()
+    assert tokens.classes == source.classes
+    numbers = np.array([3, 44])
+    mean, std, x_d, y = tokens.batch(numbers, lambda f: torch.tensor([0.4, 0.5]))
     x = torch.tensor(np.stack([source.read(3), source.read(44)])).float() / 255
     x[1] = x[1].flip(2)
     with torch.no_grad():
         true_mean, logvar = vae.encode(x * 2 - 1)
         bits = tokenizers.quantise(vq.encode(x))
-    assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8) and y.tolist() == [3, 4]
+    assert mean.shape == (2, 64, 8) and x_d.shape == (2, 64, 8)
+    assert y.tolist() == [3, 4]
     back = (mean * tokens.std + tokens.mean).transpose(1, 2).unflatten(2, (8, 8))
     assert torch.allclose(back, true_mean, atol=2e-3)
-    assert torch.allclose(std * tokens.std, (0.5 * logvar).exp().flatten(2).transpose(1, 2), rtol=2e-3)
+    true_std = (0.5 * logvar).exp().flatten(2).transpose(1, 2)
+    assert torch.allclose(std * tokens.std, true_std, rtol=2e-3)
     assert (x_d.transpose(1, 2).unflatten(2, (8, 8)) == bits).all()
 
 
 def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
-    """Unbiased deviation of posterior samples, not of means: a sample normalised by it has deviation 1."""
+    """The deviation is that of posterior samples, unbiased, not that of their means.
+
+    A sample normalised by it has deviation 1.
+    """
     vae, vq = tiny_tokenizers()
-    vae.quant_conv.bias.data[8:] = 1.0                                       # much posterior noise
-    train.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
-    tokens = tokenizers.Tokens(tmp_path, vae, vq)
+    # Much posterior noise.
+    vae.quant_conv.bias.data[8:] = 1.0
+    tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
+    tokens = tokenizers.Tokens(tmp_path)
     mean, std, _, _ = tokens.batch(np.arange(300), lambda f: torch.zeros(300))
-    x_c = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    x_c = mean + std * noise
     assert torch.allclose(x_c.mean((0, 1)), torch.zeros(8), atol=0.03)
     assert torch.allclose(x_c.std((0, 1)), torch.ones(8), atol=0.03)
 
 
 def test_cache_refuses_other_tokenizers(tmp_path):
     vae, vq = tiny_tokenizers()
-    train.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
     vq.decoder.conv_out.bias.data += 1
-    with pytest.raises(SystemExit, match="was made by tokenizers"):
-        tokenizers.Tokens(tmp_path, vae, vq)
+    with pytest.raises(SystemExit, match="was made with vq [0-9a-f]{16}, not [0-9a-f]{16}:"):
+        tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
 
 
 def cache_arrays(folder):
-    return {name: np.load(folder / f"{name}.npy") for name in ("moments", "indices", "labels", "status")}
+    names = ("moments", "indices", "labels", "status")
+    return {name: np.load(folder / f"{name}.npy") for name in names}
 
 
-def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path, monkeypatch):
-    """Stopped in the middle: not readable as a cache; started again it reads only what is missing and ends with the same arrays."""
+def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
+    """A cache stopped in the middle is not readable as a cache.
+
+    Started again, it reads only what is missing and ends with the same arrays.
+    """
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     vae, vq = tiny_tokenizers()
-    source = lambda: tokenizers.open_source(str(folder), "train", 32, None)
-    train.cache_tokens(tmp_path / "whole", source(), vae, vq, "cpu", batch=2)
-    stopped, read = source(), []
-    shipped = stopped.read
+    tokenizers.cache_tokens(tmp_path / "whole", open_folder(folder), vae, vq, "cpu", batch=2)
+    source = open_folder(folder)
+    shipped = source.read
+    numbers = []
+
     def stop_at_four(i):
         if i >= 4:
             raise KeyboardInterrupt
         return shipped(i)
-    stopped.read = stop_at_four
+
+    def noted(i):
+        numbers.append(int(i))
+        return shipped(i)
+
+    source.read = stop_at_four
     with pytest.raises(KeyboardInterrupt):
-        train.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
-    with pytest.raises(SystemExit, match="not complete"):
-        tokenizers.Tokens(tmp_path / "stopped", vae, vq)
-    stopped.read = lambda i: read.append(int(i)) or shipped(i)
-    train.cache_tokens(tmp_path / "stopped", stopped, vae, vq, "cpu", batch=2)
-    whole, resumed = cache_arrays(tmp_path / "whole"), cache_arrays(tmp_path / "stopped")
-    assert all((whole[k] == resumed[k]).all() for k in whole)
-    assert sorted(set(read)) == [0, 4, 5] and whole["status"].tolist() == [2, 1, 1, 1, 1, 1]     # 0 is broken and named again at the end
-    tokens = tokenizers.Tokens(tmp_path / "stopped", vae, vq)
-    assert tokens.n == 5 and tokens.labels.tolist() == [0, 0, 1, 1, 1]
+        tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+    with pytest.raises(SystemExit, match="not a complete token cache"):
+        tokenizers.Tokens(tmp_path / "stopped")
+    source.read = noted
+    tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+    whole = cache_arrays(tmp_path / "whole")
+    resumed = cache_arrays(tmp_path / "stopped")
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    # Picture 0 is broken; it is read again and named at the end.
+    assert sorted(set(numbers)) == [0, 4, 5]
+    assert whole["status"].tolist() == [2, 1, 1, 1, 1, 1]
+    tokens = tokenizers.Tokens(tmp_path / "stopped")
+    assert tokens.n == 5
+    assert tokens.labels.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     def stopped(file):
         file.write(b"half")
         raise KeyboardInterrupt
-    tokenizers.write_whole(tmp_path / "file", lambda file: file.write(b"whole"))
+
+    path = tmp_path / "file"
+    tokenizers.write_whole(path, lambda file: file.write(b"whole"))
     with pytest.raises(KeyboardInterrupt):
-        tokenizers.write_whole(tmp_path / "file", stopped)
-    assert (tmp_path / "file").read_bytes() == b"whole" and [path.name for path in tmp_path.iterdir()] == ["file"]
+        tokenizers.write_whole(path, stopped)
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path):
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    """A file stands where its folder should be, or torch.save finds the disk full."""
+    def full_disk(file):
+        raise RuntimeError("no space left")
+
+    (tmp_path / "file").write_bytes(b"whole")
+    with pytest.raises(SystemExit, match="file/note.json cannot be written: .*'.*file"):
+        tokenizers.write_json(tmp_path / "file" / "note.json", {})
+    with pytest.raises(SystemExit, match="last.pt cannot be written: no space left"):
+        tokenizers.write_whole(tmp_path / "last.pt", full_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error, reason", [
+    (ValueError("two\n  lines"), "two lines"),
+    (KeyError("config"), "missing 'config'"),
+    (EOFError(), "EOFError"),
+    (SystemExit("its own line"), None),
+])
+def test_what_cannot_be_read_is_one_line(error, reason):
+    with pytest.raises(SystemExit) as stopped:
+        with tokenizers.reading("last.pt", "checkpoint"):
+            raise error
+    line = f"last.pt: not a checkpoint: {reason}" if reason else "its own line"
+    assert str(stopped.value) == line
+
+
+def test_only_what_differs_is_named():
+    """Dicts within dicts are compared, too. A tuple equals a list, None equals a missing entry."""
+    was = dict(seed=0, batch=32, config=dict(width=8, mult=[1, 2]), tokens=None, old=1)
+    now = dict(seed=0, batch=64, config=dict(width=16, mult=(1, 2)), other=None)
+    assert tokenizers.check_same("last.pt", was, dict(was)) is None
+    with pytest.raises(SystemExit) as stopped:
+        tokenizers.check_same("last.pt", was, now)
+    assert str(stopped.value) == (
+        "last.pt was made with batch 32, not 64; width 8, not 16; old 1, not None: "
+        "choose another --runs or --out folder, or remove it")
+
+
+def test_a_damaged_cache_is_one_line(tmp_path):
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    whole = (tmp_path / "moments.npy").read_bytes()
+    (tmp_path / "moments.npy").write_bytes(whole[:200])
+    with pytest.raises(SystemExit, match="not a complete token cache; remove it to make it again"):
+        tokenizers.Tokens(tmp_path)
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(SystemExit, match="meta.json: not a readable note; remove it: Expecting"):
+        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+
+
+def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
+    """meta.json may say complete although the mean is still missing."""
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    meta = tokenizers.read_json(tmp_path / "meta.json")
+    stopped = {key: meta[key] for key in ("made_from", "classes", "complete", "skipped")}
+    tokenizers.write_json(tmp_path / "meta.json", stopped)
+    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    assert tokenizers.read_json(tmp_path / "meta.json") == meta
+
+
+def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
+    shipped = tokenizers.encode
+
+    def too_low(pictures, *more):
+        rows = shipped(pictures, *more)
+        return rows | {"indices": rows["indices"][:, :, :5]} if pictures.any() else rows
+
+    monkeypatch.setattr(tokenizers, "encode", too_low)
     with pytest.raises(ValueError):
-        train.cache(tmp_path, shapes(6), lambda pictures: {"pixels": pictures[:, :, :5] if pictures.any() else pictures}, batch=2)
+        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
 
 
-def cache_in_one_of(rank, ranks, port, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    train.cache_tokens(path, shapes(50), *tiny_tokenizers(), "cpu", batch=8)
-    dist.destroy_process_group()
-
-
-def test_two_processes_fill_one_cache(tmp_path):
-    train.cache_tokens(tmp_path / "one", shapes(50), *tiny_tokenizers(), "cpu", batch=8)
-    torch.multiprocessing.spawn(cache_in_one_of, (2, 29631, tmp_path / "two"), nprocs=2)
-    one, two = cache_arrays(tmp_path / "one"), cache_arrays(tmp_path / "two")
-    assert (two["status"] == 1).all() and (one["indices"] == two["indices"]).mean() > 0.999
-    assert one["moments"].dtype == np.float16 and one["indices"].dtype == np.int32
-    assert np.allclose(one["moments"].astype(float), two["moments"].astype(float), atol=2e-3)
-
-
 def test_indices_and_bits_are_inverse_least_significant_first():
-    assert tokenizers.codes_to_bits(torch.tensor([1, 6])[..., None], 3).tolist() == [[1, -1, -1], [-1, 1, 1]]
+    bits = tokenizers.codes_to_bits(torch.tensor([1, 6])[..., None], 3)
+    assert bits.tolist() == [[1, -1, -1], [-1, 1, 1]]
     index = torch.arange(256)
-    assert (tokenizers.bits_to_codes(tokenizers.codes_to_bits(index[..., None], 8)) == index).all()
+    bits = tokenizers.codes_to_bits(index[..., None], 8)
+    assert (tokenizers.bits_to_codes(bits) == index).all()
     assert tokenizers.quantise(torch.tensor([0.0, 1e-9, -3.0])).tolist() == [-1, 1, -1]

@@ -1,4 +1,7 @@
-"""Eq. (5), section 3.1: the diffusion loss on literals; then schedule, head and sampler against MAR's own numbers."""
+"""Tests of Eq. (5), section 3.1 of the paper: the diffusion loss on literals.
+
+After them, noise schedule, head and sampler are compared with the numbers of MAR's own code.
+"""
 import math
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,204 +16,334 @@ import golden
 
 # Eq. (5)
 
-# x^t of a process with three timesteps, abar = 1, 0.64, 0: no noise, some noise, noise only.
-THREE = SimpleNamespace(sqrt_abar=torch.tensor([1.0, 0.8, 0.0]), sqrt_1m_abar=torch.tensor([0.0, 0.6, 1.0]))
+# A process with three timesteps, abar = 1, 0.64, 0: no noise, some noise, noise only.
+THREE = SimpleNamespace(
+    sqrt_abar=torch.tensor([1.0, 0.8, 0.0]),
+    sqrt_1m_abar=torch.tensor([0.0, 0.6, 1.0]),
+)
 
-# The head's loss has MAR's variational term beside Eq. (5). These tests take it away, to judge Eq. (5) alone.
-without_variational_term = patch.object(diffusion_head, "variational_term", lambda x, x_t, eps, v, t, c: torch.zeros(t.shape))
+
+def no_variational_term(x, x_t, eps, v, t, c):
+    """Stands in for the variational term and is 0 for every token."""
+    return torch.zeros(t.shape)
+
+
+# The loss of the head has MAR's variational term beside Eq. (5). These tests take it away, to
+# judge Eq. (5) alone.
+without_variational_term = patch.object(diffusion_head, "variational_term", no_variational_term)
 
 
 class Predicts(nn.Module):
-    """A denoiser that answers a fixed eps and notes what it was given."""
+    """A denoiser that always answers the same eps and notes what it was given."""
 
     def __init__(self, eps):
         super().__init__()
-        self.eps, self.calls = eps, []
+        self.eps = eps
+        self.calls = []
 
     def forward(self, x, t, z):
         self.calls.append((x, t, z))
         return self.eps.expand_as(x), torch.zeros_like(x)
 
 
+def small_head():
+    """A head for tokens of C = 2 channels and z of D = 3."""
+    return diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1)
+
+
 def head_that_predicts(eps):
-    head = diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1)
+    """A head whose denoiser always answers this eps."""
+    head = small_head()
     head.net = Predicts(eps)
     return head
 
 
+def squared_cosine(u):
+    """MAR's cosine schedule, not yet divided by its value at u = 0."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
 def abar(t):
-    """Share of the signal that is left at timestep t: MAR's cosine schedule, in closed form."""
-    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return f((t + 1) / 1000) / f(0)
+    """The share of the signal that is left at timestep t: MAR's cosine schedule in closed form."""
+    return squared_cosine((t + 1) / 1000) / squared_cosine(0)
 
 
 def test_eq05_is_the_squared_difference():
-    """Eq. (5): the error of eps_theta is SQUARED: no absolute value and no square root."""
-    assert diffusion_head.denoising_loss(torch.tensor([3.0]), torch.tensor([0.0])).item() == 9
-    assert diffusion_head.denoising_loss(torch.tensor([1.0]), torch.tensor([-1.0])).item() == 4
+    """Eq. (5): the error of eps_theta is SQUARED. There is no absolute value, no square root."""
+    loss = diffusion_head.denoising_loss(torch.tensor([3.0]), torch.tensor([0.0]))
+    assert loss.item() == 9
+    loss = diffusion_head.denoising_loss(torch.tensor([1.0]), torch.tensor([-1.0]))
+    assert loss.item() == 4
 
 
 def test_eq05_is_the_mean_over_channels():
-    """Eq. (5) as MAR trains it: the squared errors of a token's channels are averaged, not summed."""
-    noise, eps = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    """Eq. (5) as MAR trains it: the loss of a token is the MEAN of its channels' squared errors.
+
+    The squared errors are not summed.
+    """
+    noise = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    eps = torch.tensor([0.0, 0.0, 1.0, 0.0])
     assert diffusion_head.denoising_loss(noise, eps).item() == (1 + 4 + 4 + 0) / 4
 
 
 def test_eq05_is_one_value_per_token():
-    """Eq. (5) is a loss of one z^i and x_c^i: tokens are not averaged with each other here."""
-    noise = torch.tensor([[[1.0, 1.0], [0.0, 2.0]], [[0.0, 0.0], [3.0, 1.0]]])                 # (R, M, C)
-    assert diffusion_head.denoising_loss(noise, torch.zeros(2, 2, 2)).tolist() == [[1, 2], [0, 5]]
+    """Eq. (5) is the loss of one z^i and x_c^i: it is not averaged over tokens here."""
+    noise = torch.tensor([
+        [[1.0, 1.0], [0.0, 2.0]],
+        [[0.0, 0.0], [3.0, 1.0]],
+    ])                                                               # (R, M, C)
+    loss = diffusion_head.denoising_loss(noise, torch.zeros(2, 2, 2))
+    assert loss.tolist() == [[1, 2], [0, 5]]
 
 
 def test_eq05_x_t_is_the_token_shrunk_and_the_noise_grown():
-    """Eq. (5): x_c^{i,t} = sqrt(abar_t) x + sqrt(1 - abar_t) eps, with the abar of each token's own t."""
-    x, noise = torch.tensor([[10.0, 20.0]] * 3), torch.tensor([[1.0, -1.0]] * 3)
-    x_t = diffusion_head.add_noise(x, noise, torch.tensor([0, 1, 2]), THREE)
+    """Eq. (5): x_c^{i,t} = sqrt(abar_t) x + sqrt(1 - abar_t) eps.
+
+    abar_t belongs to each token's own t.
+    """
+    x = torch.tensor([[10.0, 20.0]] * 3)
+    noise = torch.tensor([[1.0, -1.0]] * 3)
+    t = torch.tensor([0, 1, 2])
+    x_t = diffusion_head.add_noise(x, noise, t, THREE)
     torch.testing.assert_close(x_t, torch.tensor([[10.0, 20.0], [8.6, 15.4], [1.0, -1.0]]))
 
 
 def test_eq05_keeps_the_variance_of_a_standard_normal_token():
-    """Eq. (5): the two factors of x_c^{i,t} are square roots: their squares add up to 1 at every timestep."""
-    c, t = diffusion_head.coefficients(1000), torch.arange(1000)
-    of_x = diffusion_head.add_noise(torch.ones(1000, 1), torch.zeros(1000, 1), t, c)
-    of_noise = diffusion_head.add_noise(torch.zeros(1000, 1), torch.ones(1000, 1), t, c)
-    torch.testing.assert_close(of_x ** 2 + of_noise ** 2, torch.ones(1000, 1))
-    assert of_x[0] > 0.999 and of_x[-1] < 0.001 and (of_x.diff(dim=0) < 0).all()
+    """Eq. (5): the two factors of x_c^{i,t} are square roots.
+
+    Their squares add up to 1 at every timestep.
+    """
+    c = diffusion_head.coefficients(1000)
+    t = torch.arange(1000)
+    one = torch.ones(1000, 1)
+    zero = torch.zeros(1000, 1)
+    of_x = diffusion_head.add_noise(one, zero, t, c)
+    of_noise = diffusion_head.add_noise(zero, one, t, c)
+    torch.testing.assert_close(of_x ** 2 + of_noise ** 2, one)
+    assert of_x[0] > 0.999
+    assert of_x[-1] < 0.001
+    assert (of_x.diff(dim=0) < 0).all()
 
 
 @without_variational_term
 def test_eq05_the_target_is_the_noise():
-    """Eq. (5): the head predicts eps, the noise that was added; not the clean token x_c^i, not x_c^{i,t}."""
-    noise, x = torch.tensor([[[0.5, -1.0]]]), torch.tensor([[7.0, 8.0]])
-    loss = head_that_predicts(noise).loss(torch.zeros(1, 3), x, torch.tensor([[500]]), noise)
-    assert loss.tolist() == [[0]]
-    loss = head_that_predicts(noise + 2).loss(torch.zeros(1, 3), x, torch.tensor([[500]]), noise)
-    assert loss.tolist() == [[4]]
+    """Eq. (5): the head predicts eps, the noise that was added.
+
+    It predicts neither the clean token x_c^i nor the noised token x_c^{i,t}.
+    """
+    noise = torch.tensor([[[0.5, -1.0]]])
+    x = torch.tensor([[7.0, 8.0]])
+    z = torch.zeros(1, 3)
+    t = torch.tensor([[500]])
+    assert head_that_predicts(noise).loss(z, x, t, noise).tolist() == [[0]]
+    assert head_that_predicts(noise + 2).loss(z, x, t, noise).tolist() == [[4]]
 
 
 @without_variational_term
 def test_eq05_the_head_sees_the_noised_token_its_t_and_its_z():
-    """Eq. (5): eps_theta(x_c^{i,t} | t, z^i): the NOISED token, with the t it was noised by and the z of its position."""
-    x, noise = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[[1.0, -1.0], [0.5, 0.0]]])
-    z, t = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[100, 900]])
+    """Eq. (5): eps_theta(x_c^{i,t} | t, z^i) is given three things.
+
+    They are the NOISED token, the t by which it was noised, and the z of its position.
+    """
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    noise = torch.tensor([[[1.0, -1.0], [0.5, 0.0]]])
+    z = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    t = torch.tensor([[100, 900]])
     head = head_that_predicts(torch.zeros(2))
     head.loss(z, x, t, noise)
-    (seen_x, seen_t, seen_z), = head.net.calls
+    assert len(head.net.calls) == 1
+    seen_x, seen_t, seen_z = head.net.calls[0]
     for i in range(2):
         a = abar(int(t[0, i]))
-        torch.testing.assert_close(seen_x[0, i], math.sqrt(a) * x[i] + math.sqrt(1 - a) * noise[0, i])
-    assert seen_t.tolist() == t.tolist() and seen_z.tolist() == z.tolist()
+        expected = math.sqrt(a) * x[i] + math.sqrt(1 - a) * noise[0, i]
+        torch.testing.assert_close(seen_x[0, i], expected)
+    assert seen_t.tolist() == t.tolist()
+    assert seen_z.tolist() == z.tolist()
 
 
 @without_variational_term
 def test_eq05_every_row_and_draw_has_its_own_loss():
-    """Eq. (5): the expectation over eps and t uses R draws per token: (R, M) losses, each of its own draw alone."""
-    noise = torch.tensor([[[1.0, 1.0], [2.0, 0.0]], [[0.0, 0.0], [4.0, 2.0]]])                 # (R, M, C) = (2, 2, 2)
-    loss = head_that_predicts(torch.zeros(2)).loss(torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor([[1, 2], [3, 4]]), noise)
+    """Eq. (5): the expectation over eps and t is taken by R draws per token.
+
+    This gives (R, M) losses. Each one depends on its own draw alone.
+    """
+    noise = torch.tensor([
+        [[1.0, 1.0], [2.0, 0.0]],
+        [[0.0, 0.0], [4.0, 2.0]],
+    ])                                                               # (R, M, C) = (2, 2, 2)
+    t = torch.tensor([[1, 2], [3, 4]])
+    head = head_that_predicts(torch.zeros(2))
+    loss = head.loss(torch.zeros(2, 3), torch.zeros(2, 2), t, noise)
     assert loss.tolist() == [[1, 2], [0, 10]]
 
 
 def test_eq05_alone_trains_eps():
-    """The variational term beside Eq. (5) trains v only: it must send no gradient into eps [MAR]."""
-    c, x = diffusion_head.coefficients(1000), torch.tensor([[0.3, -0.5], [1.0, 2.0]])
-    eps, v = torch.full((2, 2), 0.1, requires_grad=True), torch.full((2, 2), 0.2, requires_grad=True)
-    diffusion_head.variational_term(x, x, eps, v, torch.tensor([0, 500]), c).sum().backward()
+    """The variational term beside Eq. (5) trains v only: it sends no gradient into eps.   [MAR]"""
+    c = diffusion_head.coefficients(1000)
+    x = torch.tensor([[0.3, -0.5], [1.0, 2.0]])
+    eps = torch.full((2, 2), 0.1, requires_grad=True)
+    v = torch.full((2, 2), 0.2, requires_grad=True)
+    t = torch.tensor([0, 500])
+    diffusion_head.variational_term(x, x, eps, v, t, c).sum().backward()
     assert eps.grad is None or not eps.grad.any()
     assert v.grad.all()
 
 
 class Knows(nn.Module):
-    """The exact denoiser where every token is z[:2], with the smaller variance: its x_0 is z[:2] whatever the noise."""
+    """The exact denoiser if every token is z[:2]: whatever the noise, its x_0 is z[:2].
+
+    It answers the smaller of the two variances. It notes every x and t that it is given.
+    """
 
     def __init__(self):
         super().__init__()
-        self.x, self.t = [], []
+        self.x = []
+        self.t = []
 
     def forward(self, x, t, z):
         self.x.append(x)
         self.t.append(int(t))
         share = abar(int(t))
-        return (x - math.sqrt(share) * z[:, :2]) / math.sqrt(1 - share), -torch.ones_like(x)
+        eps = (x - math.sqrt(share) * z[:, :2]) / math.sqrt(1 - share)
+        return eps, -torch.ones_like(x)
 
 
-def drawn(start, step, temperature=1.0, **guidance):
-    """A token drawn in four steps for z = (1, -2, 0), from these values of the first noise and of all later ones -> it, its denoiser."""
-    head = diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1)
+def sample_token(start, step, temperature=1.0, **guidance):
+    """A token, sampled in four steps for z = (1, -2, 0), and the denoiser that was used.
+
+    start     value of the noise that sampling starts from
+    step      value of the noise of all later steps
+    guidance  z_uncond and scale
+    """
+    head = small_head()
     head.net = Knows()
-    noise = torch.tensor([start, step, step, step])[:, None, None].expand(4, 1, 2)
-    return head.sample(torch.tensor([[1.0, -2.0, 0.0]]), noise, 4, temperature, **guidance), head.net
+    z = torch.tensor([[1.0, -2.0, 0.0]])
+    noise = torch.tensor([start, step, step, step])
+    noise = noise[:, None, None].expand(4, 1, 2)                     # (steps, M, C)
+    x = head.sample(z, noise, 4, temperature, **guidance)
+    return x, head.net
 
 
 def test_eq05_the_sampler_adds_no_noise_in_its_last_step():
-    """Eq. (5) run backwards, from t = 999 to t = 0: the last step returns x_0 itself, so an exact denoiser's token comes out exactly."""
-    x, net = drawn(1.0, 3.0)
+    """Eq. (5) run backwards, from t = 999 to t = 0: the last step returns x_0 itself.
+
+    So the token of an exact denoiser comes out exactly.
+    """
+    x, net = sample_token(1.0, 3.0)
     assert net.t == [999, 666, 333, 0]
     torch.testing.assert_close(x, torch.tensor([[1.0, -2.0]]))
 
 
 def test_eq05_the_sampler_adds_noise_in_every_other_step():
-    """Eq. (5) run backwards: it starts from the first noise as it is; the temperature scales the noise of the steps alone."""
-    (_, quiet), (_, loud), (_, half) = drawn(1.0, 0.0), drawn(1.0, 1.0), drawn(1.0, 1.0, 0.5)
-    assert quiet.x[0].tolist() == loud.x[0].tolist() == half.x[0].tolist() == [[1.0, 1.0]]
+    """Eq. (5) run backwards: sampling starts from the first noise as it is.
+
+    The temperature scales only the noise of the steps.
+    """
+    _, quiet = sample_token(1.0, 0.0)
+    _, loud = sample_token(1.0, 1.0)
+    _, half = sample_token(1.0, 1.0, 0.5)
+    for net in (quiet, loud, half):
+        assert net.x[0].tolist() == [[1.0, 1.0]]
     for k in (1, 2, 3):
-        assert (loud.x[k] - quiet.x[k] > 0.005).all()
-        torch.testing.assert_close(half.x[k] - quiet.x[k], (loud.x[k] - quiet.x[k]) / 2, rtol=0, atol=1e-4)
+        full_noise = loud.x[k] - quiet.x[k]
+        half_noise = half.x[k] - quiet.x[k]
+        assert (full_noise > 0.005).all()
+        torch.testing.assert_close(half_noise, full_noise / 2, rtol=0, atol=1e-4)
 
 
 def test_eq05_the_sampler_is_guided_away_from_no_class():
-    """eps_u + 3 (eps_c - eps_u): from x_0 = (0, 1) without the class through (1, -2) with it to (3, -8)."""
-    x, _ = drawn(1.0, 0.5, z_uncond=torch.tensor([[0.0, 1.0, 0.0]]), scale=3.0)
+    """Guidance of scale 3 is eps_u + 3 (eps_c - eps_u).
+
+    Without the class x_0 is (0, 1), with it (1, -2). Guided, it is (3, -8).
+    """
+    x, _ = sample_token(1.0, 0.5, z_uncond=torch.tensor([[0.0, 1.0, 0.0]]), scale=3.0)
     torch.testing.assert_close(x, torch.tensor([[3.0, -8.0]]))
 
 
 def test_eq05_leaves_its_inputs_unchanged():
     """Eq. (5): tokens, noise and timesteps are only read."""
-    x, noise, t = torch.tensor([[1.0, 2.0]]), torch.tensor([[[3.0, 4.0]]]), torch.tensor([[5]])
-    diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1).loss(torch.ones(1, 3), x, t, noise)
-    assert (x.tolist(), noise.tolist(), t.tolist()) == ([[1, 2]], [[[3, 4]]], [[5]])
+    x = torch.tensor([[1.0, 2.0]])
+    noise = torch.tensor([[[3.0, 4.0]]])
+    t = torch.tensor([[5]])
+    small_head().loss(torch.ones(1, 3), x, t, noise)
+    assert x.tolist() == [[1, 2]]
+    assert noise.tolist() == [[[3, 4]]]
+    assert t.tolist() == [[5]]
 
 
 # the loss, against MAR
 
 @pytest.fixture(scope="module")
 def mar():
+    """MAR's numbers for the tiny model."""
     return golden.load("mar_tiny")
 
 
 @pytest.fixture(scope="module")
 def process():
+    """MAR's numbers for the diffusion process."""
     return golden.load("diffusion")
+
+
+def tiny_head(probe=None):
+    """The head of MAR's tiny model; probe: see golden.fill."""
+    head = diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2)
+    return golden.fill(head, "diffloss.", probe)
 
 
 @pytest.fixture(scope="module")
 def head():
-    return golden.fill(diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2), "diffloss.")
+    return tiny_head()
 
 
 def test_parameter_names_are_mars(head):
-    """The official files name the head's weights diffloss.net...."""
-    expected = {k: s for k, s in golden.layout("mar_tiny").items() if k.startswith("diffloss.")}
-    assert {f"diffloss.{k}": s for k, s in golden.shapes(head).items()} == expected
+    """The official files call the weights of the head diffloss.net...."""
+    expected = {}
+    for key, shape in golden.layout("mar_tiny").items():
+        if key.startswith("diffloss."):
+            expected[key] = shape
+    found = {f"diffloss.{key}": shape for key, shape in golden.shapes(head).items()}
+    assert found == expected
 
 
 def test_golden_loss_terms(mar, head):
-    """Noised tokens, Eq. (5), variational term and their sum for 48 tokens; row 0 reaches the edges of the likelihood at t = 0."""
-    c, x, noise, t = diffusion_head.coefficients(1000), mar["loss_target"], mar["loss_noise"], mar["loss_t"]
+    """Noised tokens, Eq. (5), variational term and the sum of both equal MAR's for 48 tokens.
+
+    Row 0 reaches the edges of the likelihood at t = 0.
+    """
+    c = diffusion_head.coefficients(1000)
+    x = mar["loss_target"]
+    noise = mar["loss_noise"]
+    t = mar["loss_t"]
     z = mar["decoder_z"].flatten(0, 1)
+
     x_t = diffusion_head.add_noise(x, noise, t, c)
     assert golden.difference(x_t, mar["loss_x_t"]) < 1e-5
+
     eps, v = head.net(x_t, t, z)
-    assert golden.difference(diffusion_head.denoising_loss(noise, eps), mar["loss_mse"]) < 1e-5
-    assert golden.difference(diffusion_head.variational_term(x, x_t, eps, v, t, c), mar["loss_vb"]) < 1e-5
-    assert golden.difference(head.loss(z, x, t[None], noise[None])[0], mar["loss_total"]) < 1e-5
+    denoising = diffusion_head.denoising_loss(noise, eps)
+    assert golden.difference(denoising, mar["loss_mse"]) < 1e-5
+
+    variational = diffusion_head.variational_term(x, x_t, eps, v, t, c)
+    assert golden.difference(variational, mar["loss_vb"]) < 1e-5
+
+    total = head.loss(z, x, t[None], noise[None])[0]
+    assert golden.difference(total, mar["loss_total"]) < 1e-5
 
 
 def test_golden_loss_gradients(mar, head):
     """The mean over hidden tokens and its gradients into z, the first and the last layer."""
-    z, hidden = mar["decoder_z"].flatten(0, 1).requires_grad_(), mar["mask"].flatten().bool()
-    loss = head.loss(z[hidden], mar["loss_target"][hidden], mar["loss_t"][None, hidden], mar["loss_noise"][None, hidden]).mean()
+    z = mar["decoder_z"].flatten(0, 1).requires_grad_()
+    hidden = mar["mask"].flatten().bool()
+    x = mar["loss_target"][hidden]
+    t = mar["loss_t"][None, hidden]
+    noise = mar["loss_noise"][None, hidden]
+    loss = head.loss(z[hidden], x, t, noise).mean()
     assert golden.difference(loss, mar["loss_masked_mean"]) < 1e-5
-    of_z, of_bias, of_weight = torch.autograd.grad(loss, [z, head.net.final_layer.linear.bias, head.net.input_proj.weight])
+
+    bias = head.net.final_layer.linear.bias
+    weight = head.net.input_proj.weight
+    of_z, of_bias, of_weight = torch.autograd.grad(loss, [z, bias, weight])
     assert golden.difference(of_z, mar["loss_grad_z"]) < 2e-4
     assert golden.difference(of_bias, mar["loss_grad_final_bias"]) < 2e-4
     assert golden.difference(of_weight, mar["loss_grad_input_proj_weight"]) < 2e-4
@@ -218,50 +351,65 @@ def test_golden_loss_gradients(mar, head):
 
 def test_loss_of_several_draws_is_the_loss_of_each(mar, head):
     """R draws in one call equal R calls of one draw."""
-    z, x = mar["decoder_z"].flatten(0, 1), mar["tokens"].flatten(0, 1)
-    t, noise = mar["train_t"].view(2, 48), mar["train_noise"].view(2, 48, 8)
+    z = mar["decoder_z"].flatten(0, 1)
+    x = mar["tokens"].flatten(0, 1)
+    t = mar["train_t"].view(2, 48)
+    noise = mar["train_noise"].view(2, 48, 8)
     both = head.loss(z, x, t, noise).detach()
     for r in range(2):
-        assert golden.difference(both[r], head.loss(z, x, t[r:r + 1], noise[r:r + 1])[0]) < 1e-5
+        alone = head.loss(z, x, t[r:r + 1], noise[r:r + 1])[0]
+        assert golden.difference(both[r], alone) < 1e-5
 
 
 # the head, against MAR
 
 def test_golden_head(mar, head):
     """Sinusoids of t, time embedding, and the raw output eps, v."""
-    x, t, z = mar["head_x"], mar["head_t"], mar["head_z"]
+    x = mar["head_x"]
+    t = mar["head_t"]
+    z = mar["head_z"]
     # angles reach 999, where float32 is spaced by 6e-5: one rounding in exp shows
     assert golden.difference(head.net.time_embed.frequencies(t), mar["head_time_freq"]) < 7e-5
     assert golden.difference(head.net.time_embed(t), mar["head_time_emb"]) < 1e-5
-    assert golden.difference(torch.cat(head.net(x, t, z), dim=-1), mar["head_out"]) < 1e-5
+    found = torch.cat(head.net(x, t, z), dim=-1)
+    assert golden.difference(found, mar["head_out"]) < 1e-5
 
 
 @pytest.mark.parametrize("probe", ["all", "nogain"])
 def test_golden_head_norms(mar, probe):
-    """Weights so small that a wrong epsilon in any norm of the head shows."""
-    small = golden.fill(diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2), "diffloss.", probe)
+    """The weights are so small that a wrong epsilon in any norm of the head shows."""
+    small = tiny_head(probe)
     found = torch.cat(small.net(mar["head_x"], mar["head_t"], mar["head_z"]), dim=-1)
-    assert golden.difference(found, golden.load("eps_probe_mar")[f"head_out_{probe}"]) < 1e-5
+    expected = golden.load("eps_probe_mar")[f"head_out_{probe}"]
+    assert golden.difference(found, expected) < 1e-5
 
 
 def test_golden_head_block(head):
-    """One residual block on an input of about 1e-3."""
+    """One residual block equals MAR's on an input of about 1e-3."""
     g = golden.load("eps_probe_mar")
-    assert golden.difference(head.net.res_blocks[0](g["head_block0_x"], torch.nn.functional.silu(g["head_block0_y"])), g["head_block0_out"]) < 1e-5
+    condition = torch.nn.functional.silu(g["head_block0_y"])
+    found = head.net.res_blocks[0](g["head_block0_x"], condition)
+    assert golden.difference(found, g["head_block0_out"]) < 1e-5
 
 
 def test_a_fresh_head_predicts_zero():
-    """MAR's start values: the last layer is zero, so that training starts from eps = 0."""
-    fresh = diffusion_head.DiffusionHead(C=2, D=3, W=4, depth=1)
+    """As in MAR, the last layer of a new head is zero, so that training starts from eps = 0."""
+    fresh = small_head()
     eps, v = fresh.net(torch.ones(5, 2), torch.arange(5), torch.ones(5, 3))
-    assert not eps.any() and not v.any()
+    assert not eps.any()
+    assert not v.any()
 
 
 # the process, against MAR
 
+def assert_equal_in_float64(found, expected):
+    """Every entry of an array and of a tensor differs by 1e-10 at most."""
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-10)
+
+
 def test_golden_cosine_schedule(process):
     """The 1000 betas before respacing."""
-    np.testing.assert_allclose(diffusion_head.cosine_betas(), process["betas_raw_1000"].numpy(), rtol=0, atol=1e-10)
+    assert_equal_in_float64(diffusion_head.cosine_betas(), process["betas_raw_1000"])
 
 
 @pytest.mark.parametrize("n", [10, 25, 50, 100, 250, 1000])
@@ -269,21 +417,31 @@ def test_golden_respacing(process, n):
     """Which of the 1000 timesteps n steps keep, and the betas between them."""
     timesteps, betas = diffusion_head.respace(n)
     assert timesteps.tolist() == process[f"timesteps_{n}"].tolist()
-    np.testing.assert_allclose(betas, process[f"betas_{n}"].numpy(), rtol=0, atol=1e-10)
+    assert_equal_in_float64(betas, process[f"betas_{n}"])
     if f"alphas_cumprod_{n}" in process:
-        np.testing.assert_allclose(np.cumprod(1 - betas), process[f"alphas_cumprod_{n}"].numpy(), rtol=0, atol=1e-10)
+        assert_equal_in_float64(np.cumprod(1 - betas), process[f"alphas_cumprod_{n}"])
 
 
 @pytest.mark.parametrize("n", [25, 100, 1000])
 def test_golden_coefficients(process, n):
-    """Every factor of the reverse process, computed in float64, equals MAR's to the last digit of float32."""
-    c, names = diffusion_head.coefficients(n), dict(mean_x0="posterior_mean_coef1", mean_xt="posterior_mean_coef2",
-                                                    log_var="posterior_log_variance_clipped")
+    """Every factor of the reverse process is computed in float64.
+
+    It equals MAR's to the last digit of float32.
+    """
+    c = diffusion_head.coefficients(n)
+    factors = {
+        "posterior_mean_coef1": c.mean_x0,
+        "posterior_mean_coef2": c.mean_xt,
+        "posterior_log_variance_clipped": c.log_var,
+    }
     if n == 1000:
-        names |= dict(sqrt_abar="sqrt_alphas_cumprod", sqrt_1m_abar="sqrt_one_minus_alphas_cumprod",
-                      recip="sqrt_recip_alphas_cumprod", recip_m1="sqrt_recipm1_alphas_cumprod")
-    for ours, theirs in names.items():
-        torch.testing.assert_close(getattr(c, ours), process[f"{theirs}_{n}"].float(), rtol=2e-7, atol=0, msg=ours)
+        factors["sqrt_alphas_cumprod"] = c.sqrt_abar
+        factors["sqrt_one_minus_alphas_cumprod"] = c.sqrt_1m_abar
+        factors["sqrt_recip_alphas_cumprod"] = c.recip
+        factors["sqrt_recipm1_alphas_cumprod"] = c.recip_m1
+    for name, found in factors.items():
+        expected = process[f"{name}_{n}"].float()
+        torch.testing.assert_close(found, expected, rtol=2e-7, atol=0, msg=name)
     assert c.t.tolist() == process[f"timesteps_{n}"].tolist()
 
 
@@ -295,54 +453,97 @@ def test_respacing_refuses_steps_that_do_not_exist(n):
 
 
 def test_golden_model_distribution(process, head):
-    """Mean, log variance and predicted x_0 at each of the 25 steps, row by row: the rows differ widely in size."""
-    c, i = diffusion_head.coefficients(25), process["pmv_t_index"]
-    eps, v = head.net(process["pmv_x"], c.t[i], process["pmv_z"])
-    found = diffusion_head.model_distribution(process["pmv_x"], eps, v, i, c)
-    for got, name in zip(found, ("pmv_mean", "pmv_log_variance", "pmv_pred_x0")):
+    """Mean, log variance and predicted x_0 at each of the 25 steps.
+
+    They are compared row by row, because the rows differ widely in size.
+    """
+    c = diffusion_head.coefficients(25)
+    i = process["pmv_t_index"]
+    x_t = process["pmv_x"]
+    eps, v = head.net(x_t, c.t[i], process["pmv_z"])
+    distribution = diffusion_head.model_distribution(x_t, eps, v, i, c)
+    for found, name in zip(distribution, ("pmv_mean", "pmv_log_variance", "pmv_pred_x0")):
         for row in range(25):
-            assert golden.difference(got[row], process[name][row]) < 1e-5, f"{name}, step {row}"
+            difference = golden.difference(found[row], process[name][row])
+            assert difference < 1e-5, f"{name}, step {row}"
 
 
 def test_bound_limits_x_0_alone():
-    """`bound` cuts the predicted x_0 to [-bound, bound] before the mean is taken; without it nothing is cut, as in MAR."""
-    c, x_t, v = diffusion_head.coefficients(25), torch.tensor([[0.5, -0.5, 1.0]]), torch.zeros(1, 3)
-    eps = (x_t - c.sqrt_abar[24] * torch.tensor([[100.0, -100.0, 1.0]])) / c.sqrt_1m_abar[24]           # x_0 = 100, -100, 1
+    """`bound` cuts the predicted x_0 to [-bound, bound] before the mean is taken.
+
+    Without a bound nothing is cut, as in MAR.
+    """
+    c = diffusion_head.coefficients(25)
+    x_t = torch.tensor([[0.5, -0.5, 1.0]])
+    v = torch.zeros(1, 3)
+    # the eps that means x_0 = 100, -100, 1
+    eps = (x_t - c.sqrt_abar[24] * torch.tensor([[100.0, -100.0, 1.0]])) / c.sqrt_1m_abar[24]
     for bound, x_0 in [(None, [100, -100, 1]), (5.0, [5, -5, 1])]:
-        mean, log_variance, found = diffusion_head.model_distribution(x_t, eps, v, 24, c, bound)
+        distribution = diffusion_head.model_distribution(x_t, eps, v, 24, c, bound)
+        mean, log_variance, found = distribution
         torch.testing.assert_close(found, torch.tensor([x_0]).float(), rtol=0.01, atol=0.01)
         torch.testing.assert_close(mean, c.mean_x0[24] * found + c.mean_xt[24] * x_t)
-        torch.testing.assert_close(log_variance, (c.log_beta[24] + c.log_var[24]).expand(1, 3) / 2)
+        middle = (c.log_beta[24] + c.log_var[24]).expand(1, 3) / 2
+        torch.testing.assert_close(log_variance, middle)
 
 
 # the sampler, against MAR
 
 class Analytic(nn.Module):
-    """The exact denoiser of independent normal tokens (mean mu, variance s2): a well conditioned stand-in for a trained head."""
+    """The exact denoiser of independent normal tokens of mean mu and variance s2.
+
+    It stands in for a trained head, because it is well conditioned.
+    """
 
     def __init__(self, process):
         super().__init__()
-        self.mu, self.s2, self.abar = process["analytic_mu"], process["analytic_s2"], process["alphas_cumprod_1000"].float()
+        self.mu = process["analytic_mu"]
+        self.s2 = process["analytic_s2"]
+        self.abar = process["alphas_cumprod_1000"].float()
 
     def forward(self, x, t, z):
-        a, channel = self.abar[t], torch.arange(8)
+        a = self.abar[t]
+        channel = torch.arange(8)
         eps = (1 - a).sqrt() * (x - a.sqrt() * self.mu) / (a * self.s2 + 1 - a)
         return eps, torch.sin(0.01 * t + channel).expand_as(x)
 
 
+def reference_noise(process, steps):
+    """(steps, 5, 8) the noise that MAR's sampler was given: in 100 steps the first noise alone."""
+    first = process["noise_init"][None]
+    if steps == 25:
+        later = process["step_noise_25"][:24]
+    else:
+        later = torch.zeros(steps - 1, 5, 8)
+    return torch.cat([first, later])
+
+
 def trajectory(head, process, steps, **how):
-    """x after every step, (steps, 5, 8): each step's x is the next call's input."""
+    """(steps, 5, 8) x after every step: the x after a step is the input of the next one.
+
+    how  temperature, z_uncond, scale
+    """
     seen = []
-    hook = head.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:5]))
-    noise = torch.cat([process["noise_init"][None], process["step_noise_25"][:24] if steps == 25 else torch.zeros(steps - 1, 5, 8)])
-    final = head.sample(process["z"], noise, steps, **how)
+
+    def note_x(module, inputs):
+        seen.append(inputs[0][:5])
+
+    hook = head.net.register_forward_pre_hook(note_x)
+    final = head.sample(process["z"], reference_noise(process, steps), steps, **how)
     hook.remove()
     return torch.stack(seen[1:] + [final])
 
 
-@pytest.mark.parametrize("steps, temperature, name", [(100, 0.0, "100"), (25, 0.0, "25"), (25, 0.9, "25_temp0.9")])
+@pytest.mark.parametrize("steps, temperature, name", [
+    (100, 0.0, "100"),
+    (25, 0.0, "25"),
+    (25, 0.9, "25_temp0.9"),
+])
 def test_golden_sampler_with_an_analytic_denoiser(process, steps, temperature, name):
-    """Every step of the reverse process, without and with noise: the highest timestep first, no noise in the last step."""
+    """Every step of the reverse process equals MAR's, without and with noise.
+
+    The highest timestep comes first. The last step adds no noise.
+    """
     head = diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2)
     head.net = Analytic(process)
     found = trajectory(head, process, steps, temperature=temperature)
@@ -351,7 +552,11 @@ def test_golden_sampler_with_an_analytic_denoiser(process, steps, temperature, n
         assert golden.difference(found, process[f"analytic_traj_{name}"]) < 2e-3
 
 
-@pytest.mark.parametrize("steps, temperature, name", [(100, 0.0, "100_cfg1"), (25, 0.0, "25_cfg1"), (25, 0.9, "25_cfg1_temp0.9")])
+@pytest.mark.parametrize("steps, temperature, name", [
+    (100, 0.0, "100_cfg1"),
+    (25, 0.0, "25_cfg1"),
+    (25, 0.9, "25_cfg1_temp0.9"),
+])
 def test_golden_sampler(process, head, steps, temperature, name):
     """The reverse process with the tiny head."""
     found = trajectory(head, process, steps, temperature=temperature)
@@ -360,27 +565,43 @@ def test_golden_sampler(process, head, steps, temperature, name):
         assert golden.difference(found, process["head_traj_25_cfg1"]) < 1e-5
 
 
-@pytest.mark.parametrize("steps, temperature, name", [(100, 0.0, "100_cfg3"), (25, 0.0, "25_cfg3"), (25, 0.9, "25_cfg3_temp0.9")])
+@pytest.mark.parametrize("steps, temperature, name", [
+    (100, 0.0, "100_cfg3"),
+    (25, 0.0, "25_cfg3"),
+    (25, 0.9, "25_cfg3_temp0.9"),
+])
 def test_golden_guided_sampler(process, head, steps, temperature, name):
-    """Guidance 3: eps_u + 3 (eps_c - eps_u) at every step, with the conditional variance and one x for both."""
-    if temperature:                                                          # the guided run was given noise of its own
+    """Guidance of scale 3 is eps_u + 3 (eps_c - eps_u) at every step.
+
+    The variance is the conditional one. Both predictions see the same x.
+    """
+    if temperature:
+        # the guided reference was given noise of its own
         process = process | dict(step_noise_25=process["step_noise_25_cfg"][:, :5])
-    found = trajectory(head, process, steps, temperature=temperature, z_uncond=process["z_uncond"], scale=3.0)
+    how = dict(temperature=temperature, z_uncond=process["z_uncond"], scale=3.0)
+    found = trajectory(head, process, steps, **how)
     assert golden.difference(found[-1], process[f"head_sample_{name}"][:5]) < 1e-5
     if name == "25_cfg3":
         assert golden.difference(found, process["head_traj_25_cfg3"][:, :5]) < 1e-5
 
 
-@pytest.mark.parametrize("guided", [dict(), dict(scale=3.0)])
+@pytest.mark.parametrize("guided", [False, True])
 def test_bound_limits_the_sample(process, head, guided):
-    """The last step returns x_0 itself, so no sampled token exceeds the bound; without one the untrained head's reach 1e4 and more."""
-    noise, guided = torch.cat([process["noise_init"][None], torch.zeros(24, 5, 8)]), guided and guided | dict(z_uncond=process["z_uncond"])
-    assert head.sample(process["z"], noise, 25, **guided).abs().max() > 1e4
-    assert head.sample(process["z"], noise, 25, bound=2.0, **guided).abs().max() <= 2.0 + 1e-5
+    """The last step returns x_0 itself, so no sampled token exceeds the bound.
+
+    Without a bound, the tokens of the untrained head reach 1e4 and more.
+    """
+    noise = torch.cat([process["noise_init"][None], torch.zeros(24, 5, 8)])
+    guidance = dict(scale=3.0, z_uncond=process["z_uncond"]) if guided else {}
+    free = head.sample(process["z"], noise, 25, **guidance)
+    assert free.abs().max() > 1e4
+    bounded = head.sample(process["z"], noise, 25, bound=2.0, **guidance)
+    assert bounded.abs().max() <= 2.0 + 1e-5
 
 
 def test_guidance_1_is_no_guidance(process, head):
-    """eps_u + 1 (eps_c - eps_u) is eps_c: scale 1 with or without z_uncond gives the same tokens."""
-    noise = torch.cat([process["noise_init"][None], process["step_noise_25"][:24]])
-    alone, guided = head.sample(process["z"], noise, 25), head.sample(process["z"], noise, 25, 1.0, process["z_uncond"], 1.0)
+    """eps_u + 1 (eps_c - eps_u) is eps_c: at scale 1, z_uncond changes no token."""
+    noise = reference_noise(process, 25)
+    alone = head.sample(process["z"], noise, 25)
+    guided = head.sample(process["z"], noise, 25, 1.0, process["z_uncond"], 1.0)
     assert golden.difference(guided, alone) < 1e-4

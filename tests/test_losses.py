@@ -1,6 +1,11 @@
-"""The training steps by value: what train.py's losses give the models, in which order, and what they make of the answers."""
+"""Tests of the training steps by value.
+
+They check what the losses of train.py give to the models, in which order, and what the losses make
+of the answers. The last two tests check what sample.py gives to its samplers.
+"""
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,9 +18,15 @@ import sample
 import tokenizers
 import train
 
+T = True
+F = False
+
 
 class Given:
-    """Random numbers in the order in which a step asks for them, (B, *shape) each."""
+    """Fixed numbers in place of a step's random numbers, given in the order of use.
+
+    Each of `numbers` has the shape (B, *shape).
+    """
 
     device = torch.device("cpu")
 
@@ -28,162 +39,371 @@ class Given:
         return number
 
     def __call__(self, f, *shape):
-        return self.shared(f, len(self.numbers[0]), *shape)
+        batch = len(self.numbers[0])
+        return self.shared(f, batch, *shape)
 
 
-# MixAR's step
+# the step of MixAR
 
 class Recorder:
-    """A MAR that notes its inputs; z of a token is ten times its x_c, the loss of a row its t."""
+    """A MAR that notes its inputs.
+
+    The z of a token is ten times its x_c. The loss of a row is its t.
+    """
 
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
 
-    def __call__(self, x_c, x_g, m, y, drop):
-        self.x_c, self.x_g, self.m, self.drop = x_c, x_g, m, drop
-        return 10 * x_c
+    def mix(self, x_c, x_d, m):
+        self.x_c = x_c
+        self.mixed_with = x_d
+        return x_c
+
+    def __call__(self, x, x_d, m, y, drop):
+        self.x_d = x_d
+        self.m = m
+        self.drop = drop
+        return 10 * x
 
     def loss(self, z, x, t, noise):
-        self.z, self.x, self.t, self.noise = z, x, t, noise
+        self.z = z
+        self.x = x
+        self.t = t
+        self.noise = noise
         return t.float()
 
 
+class SurePrior:
+    """A prior of one bit per token that is sure of -1, for two images of four tokens."""
+
+    splits = 1
+
+    def __call__(self, x, y):
+        return torch.tensor([1.0, 0.0]).log().expand(2, 4, 1, 2)
+
+
+# The random numbers of one step, for two images of four tokens, in the order of use.
+POSTERIOR_NOISE = [
+    [[1.0, -1.0]] * 4,
+    [[2.0, 0.0]] * 4,
+]
+# quantile of the mask ratio, which stands for a ratio of 0.5
+RATIO = [0.0]
+# sorted, they give the order of the tokens: 0, 2 come first in one image, 1, 3 in the other
+ORDER = [
+    [0.1, 0.9, 0.2, 0.8],
+    [0.9, 0.1, 0.8, 0.2],
+]
+LABEL_DROP = [0.05, 0.5]
+# the next two are used with --ti-mix alone
+PREDICTION = [[[0.5]] * 4] * 2
+RHO = [[0.1, 0.9, 0.6, 0.4]] * 2
+TIMESTEP = [
+    [[0.0, 0.5], [0.9999, 0.25]],
+    [[0.125, 0.75], [0.001, 0.002]],
+]
+NOISE = [
+    [[[1.0, 2], [3, 4]], [[5, 6], [7, 8]]],
+    [[[9.0, 10], [11, 12]], [[13, 14], [15, 16]]],
+]
+
+
 def mixar_step(step=0, *flags):
-    """One step on two images of four tokens, two of them hidden; x_d is all +1, the prior is sure of -1."""
-    model, args = Recorder(), train.parse(["--min-mask", "0.5", "--steps", "3", "--draws", "2", *flags])
-    prior = lambda x, y: torch.tensor([1.0, 0.0]).log().expand(2, 4, 1, 2)
-    prior.splits = 1
-    mean, std, y = torch.tensor([1.0, 2.0]).expand(2, 4, 2), torch.tensor([0.5, 3.0]).expand(2, 4, 2), torch.tensor([0, 1])
-    more = [[[[0.5]] * 4] * 2, [[0.1, 0.9, 0.6, 0.4]] * 2] if "--ti-mix" in flags else []
-    draw = Given([[[1.0, -1.0]] * 4, [[2.0, 0.0]] * 4],                      # of x_c's posterior
-                 [0.0],                                                      # quantile of the mask ratio: the smallest
-                 [[0.1, 0.9, 0.2, 0.8], [0.9, 0.1, 0.8, 0.2]],               # order of the tokens: 0, 2 and 1, 3 come first
-                 [0.05, 0.5],                                                # label drop
-                 *more,                                                      # of g_M's prediction, and rho
-                 [[[0.0, 0.5], [0.9999, 0.25]], [[0.125, 0.75], [0.001, 0.002]]],                # t
-                 [[[[1.0, 2], [3, 4]], [[5, 6], [7, 8]]], [[[9.0, 10], [11, 12]], [[13, 14], [15, 16]]]])          # noise
-    loss = train.mixar_loss(model, (mean, std, torch.ones(2, 4, 1), y), draw, step, prior, args)
+    """(model, loss) of one training step on two images of four tokens, two of them hidden.
+
+    x_d is all +1. The prior is sure of -1.
+    """
+    args = train.parse(["--steps", "3", *flags])
+    args.recipe["mixar"]["draws"] = 2
+    model = Recorder()
+    mean = torch.tensor([1.0, 2.0]).expand(2, 4, 2)
+    std = torch.tensor([0.5, 3.0]).expand(2, 4, 2)
+    x_d = torch.ones(2, 4, 1)
+    y = torch.tensor([0, 1])
+    of_ti_mix = [PREDICTION, RHO] if "--ti-mix" in flags else []
+    rng = Given(POSTERIOR_NOISE, RATIO, ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP, NOISE)
+    with mock.patch.object(mixing, "mask_ratio", {0.0: 0.5}.get):
+        loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
     return model, loss
 
 
 def test_eq07_the_step_draws_x_c_from_the_cached_moments():
-    """x_c = mean + deviation times noise."""
+    """x_c is the cached mean plus the cached deviation times the noise."""
     model, _ = mixar_step()
     assert model.x_c[:, 0].tolist() == [[1.5, -1.0], [2.0, 2.0]]
 
 
 def test_eq08_the_step_hides_the_first_of_a_random_order():
-    """--min-mask is the smallest ratio; every image has an order of its own."""
-    assert mixar_step()[0].m.tolist() == [[True, False, True, False], [False, True, False, True]]
+    """Half of the tokens are hidden, the first of an order. Every image has an order of its own."""
+    model, _ = mixar_step()
+    assert model.m.tolist() == [[T, F, T, F], [F, T, F, T]]
 
 
 def test_the_step_withholds_the_class_where_its_draw_is_below_label_drop():
-    assert mixar_step()[0].drop.tolist() == [True, False]
+    """The class of an image is withheld where its uniform random number is below label_drop."""
+    model, _ = mixar_step()
+    assert model.drop.tolist() == [T, F]
 
 
 def test_eq05_the_step_takes_the_loss_on_hidden_tokens_alone():
-    """z and x_c of the same hidden tokens meet; t and noise of an image lie in its rows, one line a draw; the mean is the loss."""
+    """The head is given z and x_c of the same hidden tokens. The loss is the mean over all rows.
+
+    t and noise of an image lie in the rows of that image, one line per draw.
+    """
     model, loss = mixar_step()
-    assert torch.equal(model.z, 10 * model.x) and torch.equal(model.x, model.x_c[model.m])
-    assert model.t.tolist() == [[0, 500, 125, 750], [999, 250, 1, 2]] and loss == model.t.float().mean()
+    assert torch.equal(model.z, 10 * model.x)
+    assert torch.equal(model.x, model.x_c[model.m])
+    assert model.t.tolist() == [[0, 500, 125, 750], [999, 250, 1, 2]]
+    assert loss == model.t.float().mean()
     assert model.noise[:, :, 0].tolist() == [[1, 3, 9, 11], [5, 7, 13, 15]]
 
 
 def test_eq12_the_step_guides_by_the_mixed_tokens():
-    """Without --ti-mix the model is given x_d; with it x~_d, of which lambda = 1, 0.5, 0 of three steps keep the truth below rho."""
-    assert (mixar_step()[0].x_g == 1).all()
-    for step, expected in ((0, [[1, 1, 1, 1], [1, 1, 1, 1]]), (1, [[1, 1, -1, 1], [1, -1, 1, 1]]), (2, [[-1, 1, -1, 1], [1, -1, 1, -1]])):
-        assert mixar_step(step, "--ti-mix")[0].x_g[..., 0].tolist() == expected, f"step {step}"
+    """Eq. (12): with --ti-mix the model is guided by x~_d. Without it, the model is guided by x_d.
+
+    lambda is 1, 0.5, 0 in the three steps. The truth is kept where rho is below lambda.
+    """
+    model, _ = mixar_step()
+    assert (model.x_d == 1).all()
+    expected = [
+        [[1, 1, 1, 1], [1, 1, 1, 1]],
+        [[1, 1, -1, 1], [1, -1, 1, 1]],
+        [[-1, 1, -1, 1], [1, -1, 1, -1]],
+    ]
+    for step in range(3):
+        model, _ = mixar_step(step, "--ti-mix")
+        assert model.x_d[..., 0].tolist() == expected[step], f"step {step}"
+        assert model.mixed_with is model.x_d
 
 
-# the other three
+# the steps of the other three models
+
+class TinyPrior:
+    """A prior of two bits per token, in two groups, that notes its inputs.
+
+    It finds code 1 e^2 times as likely as code 0, in two images of three tokens.
+    """
+
+    splits = 2
+    codes = 2
+    bits = 2
+
+    def __call__(self, x, y, drop):
+        self.x = x
+        self.drop = drop
+        return torch.tensor([0.0, 2.0]).expand(2, 3, 2, 2)
+
 
 def test_eq03_the_step_hides_codes_and_withholds_classes():
-    """Of the first image every code is hidden (u = 0), of the second none (u = 1); the smoothed cross-entropy is over all codes."""
-    seen = {}
+    """u = 0 hides every code of the first image, u = 1 hides none of the second.
 
-    def model(x, y, drop):
-        seen.update(x=x, drop=drop)
-        return torch.tensor([0.0, 2.0]).expand(2, 3, 2, 2)                   # code 1 is e^2 times as likely
-    model.splits, model.codes, model.bits = 2, 2, 2
-    x_d = torch.tensor([[[1.0, 1]] * 3, [[1, -1.0]] * 3])                    # codes 1, 1 and 1, 0
-    loss = train.prior_loss(model, (None, None, x_d, torch.tensor([0, 1])), Given([0.0, 1.0], [[[0.5] * 2] * 3] * 2, [0.05, 0.5]), 0)
-    assert (seen["x"][0] == 0).all() and torch.equal(seen["x"][1], x_d[1]) and seen["drop"].tolist() == [True, False]
+    The smoothed cross-entropy is the mean over all codes.
+    """
+    model = TinyPrior()
+    # the codes of each token are 1, 1 in the first image and 1, 0 in the second
+    x_d = torch.tensor([[[1.0, 1]] * 3, [[1, -1.0]] * 3])
+    batch = (None, None, x_d, torch.tensor([0, 1]))
+    u_ratio = [0.0, 1.0]
+    u_code = [[[0.5] * 2] * 3] * 2
+    loss = train.prior_loss(model, batch, Given(u_ratio, u_code, LABEL_DROP), 0)
+    assert (model.x[0] == 0).all()
+    assert torch.equal(model.x[1], x_d[1])
+    assert model.drop.tolist() == [T, F]
+
     log_p = torch.tensor([0.0, 2.0]).log_softmax(0)
-    likely, unlikely = 0.95 * log_p[1] + 0.05 * log_p[0], 0.95 * log_p[0] + 0.05 * log_p[1]
+    likely = 0.95 * log_p[1] + 0.05 * log_p[0]
+    unlikely = 0.95 * log_p[0] + 0.05 * log_p[1]
     assert loss.item() == pytest.approx(-(0.75 * likely + 0.25 * unlikely).item())
 
 
-def test_eq07_the_vae_learns_to_reconstruct_a_sample_of_its_posterior():
-    """Pictures go in as [-1, 1]; squared error per value plus 1e-4 times the KL per latent value."""
-    class VAE:
-        def encode(self, x):
-            assert (x == 0.5).all()
-            return torch.full((1, 2, 1, 1), 2.0), torch.full((1, 2, 1, 1), math.log(4))
+class TinyVAE:
+    """A VAE whose posterior has mean 2 and variance 4. A picture is the mean of its latents."""
 
-        def decode(self, z):
-            return z.mean().expand(1, 3, 2, 2)
-    loss = train.vae_loss(VAE(), (torch.full((1, 3, 2, 2), 0.75),), Given([[[[0.5]], [[0.5]]]]), 0)
-    assert loss.item() == pytest.approx((0.5 - 3) ** 2 + 1e-4 * 0.5 * (4 + 4 - 1 - math.log(4)))
+    def encode(self, x):
+        assert (x == 0.5).all()
+        mean = torch.full((1, 2, 1, 1), 2.0)
+        logvar = torch.full((1, 2, 1, 1), math.log(4))
+        return mean, logvar
+
+    def decode(self, z):
+        return z.mean().expand(1, 3, 2, 2)
+
+
+def test_eq07_the_vae_learns_to_reconstruct_a_sample_of_its_posterior():
+    """The loss is the squared error per value, plus 1e-4 times the KL per latent value.
+
+    Pictures in [0, 1] go in as [-1, 1].
+    """
+    pictures = torch.full((1, 3, 2, 2), 0.75)
+    noise = [[[[0.5]], [[0.5]]]]
+    loss = train.vae_loss(TinyVAE(), (pictures,), Given(noise), 0)
+    kl = 0.5 * (4 + 4 - 1 - math.log(4))
+    assert loss.item() == pytest.approx((0.5 - 3) ** 2 + 1e-4 * kl)
+
+
+class TinyBitTokenizer:
+    """A bit tokenizer that gives every picture this z. A picture is the sum of its bits, plus 1."""
+
+    def __init__(self, z, codebook):
+        self.z = z
+        self.quantize = SimpleNamespace(codebook=codebook)
+
+    def encode(self, x):
+        return self.z
+
+    def decode(self, bits):
+        return (bits.sum() + 1).expand(1, 3, 2, 2)
 
 
 def test_eq07_the_bit_tokenizer_learns_straight_through_its_bits():
-    """4 times the squared error, commitment, 0.02 (entropy of a token - entropy of all); the error's gradient reaches z as if it were the bits."""
-    z, codebook = torch.tensor([0.003, -0.002, -0.004, 0.001]).view(1, 2, 1, 2).requires_grad_(), tokenizers.codes_to_bits(torch.arange(4)[:, None], 2)
-    model = SimpleNamespace(encode=lambda x: z, decode=lambda bits: (bits.sum() + 1).expand(1, 3, 2, 2), quantize=SimpleNamespace(codebook=codebook))
-    loss = train.vq_loss(model, (torch.full((1, 3, 2, 2), 0.25),), None, 0)
+    """The loss is 4 times the squared error, plus the commitment, plus 0.02 times the entropy term.
+
+    The entropy term is the entropy of a token minus the entropy of all. The gradient of the error
+    reaches z as if z were the bits.
+    """
+    # two different tokens, close to 0: uncertain of their bits, so that the entropies count
+    z = torch.tensor([0.003, -0.002, -0.004, 0.001]).view(1, 2, 1, 2).requires_grad_()
+    codebook = tokenizers.codes_to_bits(torch.arange(4)[:, None], 2)
+    pictures = torch.full((1, 3, 2, 2), 0.25)
+    loss = train.vq_loss(TinyBitTokenizer(z, codebook), (pictures,), None, 0)
     grad, = torch.autograd.grad(loss, z)
+
     commitment, per_sample, average = tokenizers.quantiser_losses(z, codebook)
     rest = commitment + 0.02 * (per_sample - average)
-    assert abs(per_sample - average) > 0.1                                   # two tokens between bits, each of its own
+    grad_of_rest, = torch.autograd.grad(rest, z)
+    assert abs(per_sample - average) > 0.1
     assert loss.item() == pytest.approx(4 * 0.75 ** 2 + rest.item())
-    torch.testing.assert_close(grad, 4 * 2 * 0.75 + torch.autograd.grad(rest, z)[0])
+    torch.testing.assert_close(grad, 4 * 2 * 0.75 + grad_of_rest)
 
 
 # what the steps do with the gradient
 
 def test_weight_decay_is_on_matrices_outside_the_head():
-    """MAR's: no decay on biases, norms and the diffusion head."""
-    model = backbone.MAR(N=4, d_c=2, d_d=2, classes=3, D=8, depth=1, heads=2, K=1, head_depth=1, head_width=8, dropout=0.0)
+    """As in MAR, biases, norms and the diffusion head have no weight decay."""
+    model = backbone.MAR(
+        N=4, d_c=2, d_d=2, classes=3, D=8, depth=1, heads=2, K=1,
+        head_depth=1, head_width=8, dropout=0.0,
+    )
+    recipe = dict(lr=1e-3, betas=(0.9, 0.95), decay=0.02)
+    decayed_group, free_group = train.make_optimizer(model, recipe).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = ([names[id(p)] for p in group["params"]] for group in train.make_optimizer(model, dict(lr=1e-3, betas=(0.9, 0.95), decay=0.02)).param_groups)
-    assert sorted(decayed + free) == sorted(names.values()) and "decoder_embed.weight" in decayed
-    assert all(model.get_parameter(name).ndim > 1 and not name.startswith("diffloss") for name in decayed)
-    assert all(model.get_parameter(name).ndim == 1 or name.startswith("diffloss") for name in free)
+    decayed = [names[id(p)] for p in decayed_group["params"]]
+    free = [names[id(p)] for p in free_group["params"]]
+    assert sorted(decayed + free) == sorted(names.values())
+    assert "decoder_embed.weight" in decayed
+    for name in decayed:
+        assert model.get_parameter(name).ndim > 1
+        assert not name.startswith("diffloss")
+    for name in free:
+        assert model.get_parameter(name).ndim == 1 or name.startswith("diffloss")
+
+
+class WatchedOptimizer:
+    """An optimizer that changes nothing and notes the gradient of a weight at each step."""
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.gradients = []
+
+    def zero_grad(self, set_to_none):
+        pass
+
+    def step(self):
+        self.gradients.append(self.weight.grad.item())
 
 
 def test_the_gradient_is_clipped_to_the_norm_of_clip():
-    """A gradient of 1000 becomes one of 3 before the optimiser sees it; the norm in the log is the one before."""
-    model, kept = nn.Linear(1, 1, bias=False), []
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: kept.append(model.weight.grad.item()))
-    loss = train.Loss(model, lambda model, batch, draw, step: 1000 * model.weight.sum())
-    _, norm, taken = train.update(train.parse(["--amp", "fp32"]), loss, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [((), Given())], 0)
-    assert taken and norm == pytest.approx(1000) and kept == [pytest.approx(3, rel=1e-4)]
+    """A gradient of 1000 becomes one of 3 before the optimizer sees it.
+
+    The norm that is returned for the log is the one before clipping.
+    """
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = WatchedOptimizer(model.weight)
+
+    def steep(model, batch, rng, step):
+        return 1000 * model.weight.sum()
+
+    args = train.parse(["--amp", "fp32"])
+    loss = train.Loss(model, steep)
+    state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
+    _, norm, _ = train.update(args, loss, state, [((), Given())])
+    assert norm == pytest.approx(1000)
+    assert optimizer.gradients == [pytest.approx(3, rel=1e-4)]
+
+
+# what the samplers are given
+
+OF_PRIOR = ("prior_steps", "prior_cfg", "prior_power", "prior_temperature")
+OF_MIXAR = ("ar_steps", "diffusion_steps", "cfg", "cfg_schedule", "temperature", "bound")
+
+
+def system_with(settings):
+    """A stand-in for sample.System with N = 4 tokens, d_c = 3 and two bit groups.
+
+    It has what System's two sampling methods use.
+    """
+    return SimpleNamespace(
+        settings=settings,
+        prior=SimpleNamespace(splits=2),
+        model=SimpleNamespace(N=4, d_c=3),
+        device=torch.device("cpu"),
+        amp="fp32",
+    )
 
 
 def test_every_sampling_setting_reaches_its_sampler(monkeypatch):
-    """ar_steps, diffusion_steps, cfg, its schedule, temperature and bound go to Eq. (6), the prior's four settings to Eq. (4)."""
-    names = ("prior_steps", "prior_cfg", "prior_power", "prior_temperature", "ar_steps", "diffusion_steps", "cfg", "cfg_schedule", "temperature", "bound")
-    system = SimpleNamespace(settings={name: name for name in names}, prior=SimpleNamespace(splits=2), model=SimpleNamespace(N=4, d_c=3), device=torch.device("cpu"), amp="fp32")
-    monkeypatch.setattr(sample, "sample_prior", lambda prior, y, draw, gumbel, steps, guidance, power, temperature: (steps, guidance, power, temperature))
-    monkeypatch.setattr(sample, "generate", lambda model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg, schedule, temperature, bound, on_step:
-                        (ar_steps, diffusion_steps, cfg, schedule, temperature, bound))
-    assert sample.System.draw_discrete(system, 0, [0], torch.tensor([0])) == names[:4]
-    assert sample.System.draw_continuous(system, 0, [0], torch.tensor([0]), None) == names[4:]
+    """Eq. (4) is given the prior's four settings, Eq. (6) the six others.
+
+    Those of Eq. (6) are ar_steps, diffusion_steps, cfg, its schedule, temperature and bound.
+    """
+    def settings_of_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
+        return steps, guidance, power, temperature
+
+    def settings_of_mixar(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg, schedule,
+                          temperature, bound, on_step):
+        return ar_steps, diffusion_steps, cfg, schedule, temperature, bound
+
+    monkeypatch.setattr(sample, "sample_prior", settings_of_prior)
+    monkeypatch.setattr(sample, "generate", settings_of_mixar)
+    # the value of every setting is its own name
+    system = system_with({name: name for name in OF_PRIOR + OF_MIXAR})
+    y = torch.tensor([0])
+    assert sample.System.sample_discrete(system, 0, [0], y) == OF_PRIOR
+    assert sample.System.sample_continuous(system, 0, [0], y, None) == OF_MIXAR
 
 
 def test_the_samplers_get_the_random_numbers_of_each_image(monkeypatch):
-    """Gumbel and uniform numbers for Eq. (4); for Eq. (6) a permutation, and normal noise for each diffusion step, image by image in the rows."""
-    settings = dict.fromkeys(("prior_steps", "prior_cfg", "prior_power", "prior_temperature", "ar_steps", "diffusion_steps", "cfg", "cfg_schedule", "temperature", "bound"))
-    system = SimpleNamespace(settings=settings, prior=SimpleNamespace(splits=2), model=SimpleNamespace(N=4, d_c=3), device=torch.device("cpu"), amp="fp32")
-    now = torch.tensor([[True, False, True, True], [True, True, True, False]])
-    monkeypatch.setattr(mixing, "sample_codes", lambda logits, u: u)
-    monkeypatch.setattr(sample, "sample_prior", lambda prior, y, draw, gumbel, *more: (gumbel(), draw(None)))
-    monkeypatch.setattr(sample, "generate", lambda model, x_d, y, order, noise, *more: (order, noise(now, 2)))
-    gumbel, uniform = sample.System.draw_discrete(system, 7, [3, 5], None)
-    order, noise = sample.System.draw_continuous(system, 7, [3, 5], None, None)
+    """The random numbers of an image depend on the seed and on the number of the image alone.
+
+    Eq. (4) is given Gumbel and uniform numbers. Eq. (6) is given a permutation, and normal noise
+    for each diffusion step. Its rows hold one image after the other.
+    """
+    # three tokens of each image are filled in this AR step
+    now = torch.tensor([[T, F, T, T], [T, T, T, F]])
+
+    def numbers_of_prior(prior, y, draw, gumbel, *settings):
+        return gumbel(), draw(None)
+
+    def numbers_of_mixar(model, x_d, y, order, noise, *settings):
+        return order, noise(now, 2)
+
+    def return_u(logits, u):
+        return u
+
+    monkeypatch.setattr(sample, "sample_prior", numbers_of_prior)
+    monkeypatch.setattr(sample, "generate", numbers_of_mixar)
+    monkeypatch.setattr(mixing, "sample_codes", return_u)
+    system = system_with(dict.fromkeys(OF_PRIOR + OF_MIXAR))
+    gumbel, uniform = sample.System.sample_discrete(system, 7, [3, 5], None)
+    order, noise = sample.System.sample_continuous(system, 7, [3, 5], None, None)
     assert noise.shape == (2, 6, 3)
+
     for row, image in enumerate((3, 5)):
-        g, h = (np.random.Generator(np.random.Philox(key=[7, 2 * image + stream])) for stream in (0, 1))
-        assert np.array_equal(gumbel[row], g.gumbel(size=(4, 2)).astype(np.float32)) and np.array_equal(uniform[row], g.random((4, 2), np.float32))
-        assert np.array_equal(order[row], h.permutation(4)) and np.array_equal(noise[:, 3 * row:3 * row + 3], h.standard_normal((2, 3, 3), np.float32))
+        g = np.random.Generator(np.random.Philox(key=[7, 2 * image]))
+        assert np.array_equal(gumbel[row], g.gumbel(size=(4, 2)).astype(np.float32))
+        assert np.array_equal(uniform[row], g.random((4, 2), np.float32))
+
+        h = np.random.Generator(np.random.Philox(key=[7, 2 * image + 1]))
+        assert np.array_equal(order[row], h.permutation(4))
+        rows = noise[:, 3 * row:3 * row + 3]
+        assert np.array_equal(rows, h.standard_normal((2, 3, 3), np.float32))

@@ -1,7 +1,10 @@
 """Planted mistakes: wrong versions of every equation that still run and train.
 
-Each is put in place of the right function, then all tests named after an equation are run. Exactly the tests of the
-mistaken equation may fail (of two that share the function, both): so a red test names the line to look at.
+Each wrong version takes the place of the right function. Then all tests that are named after an
+equation are run. Exactly the tests of the mistaken equation may fail, so that a red test names the
+equation to look at. Where two equations share a function, the tests of both fail.
+
+The name of a wrong version says what is wrong in it.
 """
 import math
 import re
@@ -9,6 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import backbone
 import diffusion_head
@@ -25,11 +29,26 @@ MISTAKES = []
 
 
 def mistake(equation, owner, name, also=()):
-    """The decorated function is a wrong version of `owner.name`, which belongs to this equation; `also` to those."""
+    """A decorator that adds a wrong version of `owner.name` to MISTAKES.
+
+    equation  the equation that `owner.name` belongs to
+    also      other equations that use `owner.name`, so that their tests fail too
+    """
     def note(wrong):
-        MISTAKES.append(pytest.param(equation, owner, name, wrong, {equation, *also}, id=f"eq{equation:02d}-{wrong.__name__}"))
+        red = {equation, *also}
+        test_id = f"eq{equation:02d}-{wrong.__name__}"
+        MISTAKES.append(pytest.param(equation, owner, name, wrong, red, id=test_id))
         return wrong
     return note
+
+
+def passes(test):
+    """Whether this test function passes."""
+    try:
+        test()
+    except (Exception, pytest.fail.Exception):
+        return False
+    return True
 
 
 def red_equations():
@@ -38,11 +57,8 @@ def red_equations():
     for module in (test_mixing, test_tokenizers, test_diffusion_head, test_backbone):
         for name, test in vars(module).items():
             numbered = re.match(r"test_eq(\d\d)_", name)
-            if numbered:
-                try:
-                    test()
-                except (Exception, pytest.fail.Exception):
-                    red.add(int(numbered[1]))
+            if numbered and not passes(test):
+                red.add(int(numbered[1]))
     return red
 
 
@@ -50,12 +66,13 @@ def red_equations():
 
 @mistake(3, train, "masked_loss")
 def without_label_smoothing(logits, codes):
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten())
+    return cross_entropy(logits.flatten(0, 2), codes.flatten())
 
 
 @mistake(3, train, "masked_loss")
 def sum_over_codes(logits, codes):
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), label_smoothing=0.1, reduction="sum")
+    flat = logits.flatten(0, 2)
+    return cross_entropy(flat, codes.flatten(), label_smoothing=0.1, reduction="sum")
 
 
 @mistake(3, train, "training_mask")
@@ -75,7 +92,9 @@ def one_ratio_for_the_batch(u_ratio, u_code):
 
 # Eq. (4)
 
-sample_prior, prior_guidance, least_certain = sample.sample_prior, sample.prior_guidance, sample.least_certain
+# the right versions, which the wrong ones call
+sample_prior = sample.sample_prior
+least_certain = sample.least_certain
 
 
 @mistake(4, sample, "sample_prior")
@@ -110,8 +129,9 @@ def the_most_certain_hidden(score, known, r):
 
 @mistake(4, sample, "least_certain")
 def kept_codes_hidden_again(score, known, r):
-    hidden = least_certain(score, known, r)
-    return score <= score.flatten(1).sort(dim=1).values[:, int(hidden[0].sum()) - 1, None, None]
+    count = int(least_certain(score, known, r)[0].sum())
+    largest_hidden = score.flatten(1).sort(dim=1).values[:, count - 1]
+    return score <= largest_hidden[:, None, None]
 
 
 @mistake(4, sample, "least_certain")
@@ -163,45 +183,58 @@ def signal_not_shrunk(x, noise, t, c):
     return x + c.sqrt_1m_abar[t][..., None] * noise
 
 
-def loss_with(target, seen):
-    """DiffusionHead.loss with another target for eps, or another input for the head."""
-    def loss(self, z, x, t, noise):
-        c = diffusion_head.coefficients(1000)
-        x_t = diffusion_head.add_noise(x, noise, t, c)
-        eps, v = self.net(seen(x, x_t), t, z)
-        return diffusion_head.denoising_loss(target(x, x_t, noise), eps) + diffusion_head.variational_term(x, x_t, eps, v, t, c)
-    return loss
+# the right versions, which the wrong ones call
+right_loss = diffusion_head.DiffusionHead.loss
+backwards = diffusion_head.DiffusionHead.sample
+
+
+def noised(x, t, noise):
+    """x_c^{i,t}, the noised token."""
+    return diffusion_head.add_noise(x, noise, t, diffusion_head.coefficients(1000))
+
+
+def loss_of(head, z, x, t, noise, seen, target):
+    """DiffusionHead.loss if the head is given `seen` and has to predict `target`.
+
+    The right `seen` is the noised token, the right `target` is the noise.
+    """
+    c = diffusion_head.coefficients(1000)
+    x_t = noised(x, t, noise)
+    eps, v = head.net(seen, t, z)
+    denoising = diffusion_head.denoising_loss(target, eps)
+    return denoising + diffusion_head.variational_term(x, x_t, eps, v, t, c)
 
 
 @mistake(5, diffusion_head.DiffusionHead, "loss")
 def clean_token_as_target(self, z, x, t, noise):
-    return loss_with(lambda x, x_t, noise: x.expand_as(noise), lambda x, x_t: x_t)(self, z, x, t, noise)
+    x_t = noised(x, t, noise)
+    return loss_of(self, z, x, t, noise, seen=x_t, target=x.expand_as(noise))
 
 
 @mistake(5, diffusion_head.DiffusionHead, "loss")
 def noised_token_as_target(self, z, x, t, noise):
-    return loss_with(lambda x, x_t, noise: x_t, lambda x, x_t: x_t)(self, z, x, t, noise)
+    x_t = noised(x, t, noise)
+    return loss_of(self, z, x, t, noise, seen=x_t, target=x_t)
 
 
 @mistake(5, diffusion_head.DiffusionHead, "loss")
 def clean_token_into_the_head(self, z, x, t, noise):
-    return loss_with(lambda x, x_t, noise: noise, lambda x, x_t: x.expand_as(x_t))(self, z, x, t, noise)
+    return loss_of(self, z, x, t, noise, seen=x.expand_as(noise), target=noise)
 
 
 @mistake(5, diffusion_head.DiffusionHead, "loss")
-def draws_averaged_away(self, z, x, t, noise, right=diffusion_head.DiffusionHead.loss):
-    return right(self, z, x, t, noise).mean(0)
+def draws_averaged_away(self, z, x, t, noise):
+    return right_loss(self, z, x, t, noise).mean(0)
 
 
 @mistake(5, diffusion_head, "variational_term")
 def eps_not_detached(x, x_t, eps, v, t, c):
     mean, log_variance, _ = diffusion_head.model_distribution(x_t, eps, v, t, c)
-    true_mean, true_log = c.mean_x0[t][..., None] * x + c.mean_xt[t][..., None] * x_t, c.log_var[t][..., None]
-    kl = 0.5 * (log_variance - true_log - 1 + ((true_log.exp() + (true_mean - mean).square()) / log_variance.exp()))
+    true_mean = c.mean_x0[t][..., None] * x + c.mean_xt[t][..., None] * x_t
+    true_log_variance = c.log_var[t][..., None]
+    error = true_log_variance.exp() + (true_mean - mean).square()
+    kl = 0.5 * (log_variance - true_log_variance - 1 + error / log_variance.exp())
     return kl.mean(-1) / math.log(2)
-
-
-backwards = diffusion_head.DiffusionHead.sample
 
 
 @mistake(5, diffusion_head.DiffusionHead, "sample")
@@ -212,7 +245,8 @@ def noise_at_the_last_step(self, z, noise, steps, *how, **guidance):
 
 @mistake(5, diffusion_head.DiffusionHead, "sample")
 def first_noise_scaled_by_the_temperature(self, z, noise, steps, temperature=1.0, **guidance):
-    return backwards(self, z, torch.cat([temperature * noise[:1], noise[1:]]), steps, temperature, **guidance)
+    scaled = torch.cat([temperature * noise[:1], noise[1:]])
+    return backwards(self, z, scaled, steps, temperature, **guidance)
 
 
 @mistake(5, diffusion_head.DiffusionHead, "sample")
@@ -221,28 +255,37 @@ def temperature_ignored(self, z, noise, steps, temperature=1.0, **guidance):
 
 
 @mistake(5, diffusion_head.DiffusionHead, "sample")
-def guidance_counted_from_the_class(self, z, noise, steps, temperature=1.0, z_uncond=None, scale=1.0):
+def guidance_counted_from_the_class(self, z, noise, steps, temperature=1.0, z_uncond=None,
+                                    scale=1.0):
     return backwards(self, z, noise, steps, temperature, z_uncond, 1 + scale)
 
 
 # Eq. (6)
 
-generate, discrete, forward = sample.generate, backbone.MAR.discrete, backbone.MAR.forward
+# the right versions, which the wrong ones call
+generate = sample.generate
+discrete = backbone.MAR.embed_discrete
+forward = backbone.MAR.forward
+
+
+def at_least_one_fewer(left, hidden):
+    """The number of tokens left, limited as in the right hidden_after."""
+    return max(1, min(hidden - 1, math.floor(left)))
 
 
 @mistake(6, sample, "hidden_after")
 def tokens_drawn_evenly(s, steps, N, hidden):
-    return max(1, min(hidden - 1, math.floor(N * (1 - (s + 1) / steps))))
+    return at_least_one_fewer(N * (1 - (s + 1) / steps), hidden)
 
 
 @mistake(6, sample, "hidden_after")
 def sine_for_cosine(s, steps, N, hidden):
-    return max(1, min(hidden - 1, math.floor(N * (1 - math.sin(math.pi / 2 * (s + 1) / steps)))))
+    return at_least_one_fewer(N * (1 - math.sin(math.pi / 2 * (s + 1) / steps)), hidden)
 
 
 @mistake(6, sample, "hidden_after")
 def steps_counted_from_zero(s, steps, N, hidden):
-    return max(1, min(hidden - 1, math.floor(N * math.cos(math.pi / 2 * s / steps))))
+    return at_least_one_fewer(N * math.cos(math.pi / 2 * s / steps), hidden)
 
 
 @mistake(6, sample, "generate")
@@ -255,30 +298,46 @@ def guidance_constant(model, x_d, y, order, noise, ar_steps, diffusion_steps, cf
     return generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg, "constant")
 
 
+class Blind:
+    """The model given, which sees zeros in place of every x_c."""
+
+    def __init__(self, model):
+        self.model = model
+        self.d_c = model.d_c
+        self.diffloss = model.diffloss
+
+    def mix(self, x_c, x_d, m):
+        return self.model.mix(torch.zeros_like(x_c), x_d, m)
+
+    def __call__(self, *inputs):
+        return self.model(*inputs)
+
+
 @mistake(6, sample, "generate")
 def earlier_tokens_not_seen(model, x_d, y, order, *more):
-    class Blind:
-        d_c, diffloss = model.d_c, model.diffloss
-        __call__ = lambda self, x_c, *rest: model(torch.zeros_like(x_c), *rest)
-    return generate(Blind(), x_d, y, order, *more)
+    return generate(Blind(model), x_d, y, order, *more)
 
 
-@mistake(6, backbone.MAR, "discrete")
+@mistake(6, backbone.MAR, "embed_discrete")
 def discrete_tokens_without_positions(self, x_d):
     return self.z_proj_ln(self.discrete_emb(tokenizers.bits_to_codes(x_d)))
 
 
-@mistake(6, backbone.MAR, "discrete")
+@mistake(6, backbone.MAR, "embed_discrete")
 def first_discrete_token_everywhere(self, x_d):
     return discrete(self, x_d[:, :1].expand_as(x_d))
 
 
 @mistake(6, backbone.MAR, "forward", also=[9])
-def without_the_class(self, x_c, x_d, m, y, drop):
-    return forward(self, x_c, x_d, m, y, torch.ones_like(drop))
+def without_the_class(self, x, x_d, m, y, drop):
+    return forward(self, x, x_d, m, y, torch.ones_like(drop))
 
 
 # Eq. (7)
+
+# the right version, which a wrong one calls
+encode = tokenizers.KLVAE.encode
+
 
 @mistake(7, tokenizers, "reparameterize")
 def variance_for_deviation(mean, std, noise):
@@ -321,8 +380,9 @@ def kl_averaged(mean, logvar):
 
 
 @mistake(7, tokenizers.KLVAE, "encode")
-def log_variance_first(self, images, right=tokenizers.KLVAE.encode):
-    return right(self, images)[::-1]
+def log_variance_first(self, images):
+    mean, log_variance = encode(self, images)
+    return log_variance, mean
 
 
 # Eq. (8)
@@ -442,17 +502,21 @@ def any_shapes_that_broadcast(x_c, x_d, m):
     return torch.where(m.bool().reshape(*m.shape[:2], 1), x_d, x_c)
 
 
-@mistake(9, mixing, "pad")
-def zeros_in_front(x_d, d_c):
+def check_room(x_d, d_c):
+    """The first two wrong versions below refuse what the right one refuses."""
     if x_d.shape[-1] > d_c:
         raise ValueError(f"{x_d.shape[-1]} bits, {d_c} channels")
+
+
+@mistake(9, mixing, "pad")
+def zeros_in_front(x_d, d_c):
+    check_room(x_d, d_c)
     return torch.nn.functional.pad(x_d, (d_c - x_d.shape[-1], 0))
 
 
 @mistake(9, mixing, "pad")
 def padded_with_minus_ones(x_d, d_c):
-    if x_d.shape[-1] > d_c:
-        raise ValueError(f"{x_d.shape[-1]} bits, {d_c} channels")
+    check_room(x_d, d_c)
     return torch.nn.functional.pad(x_d, (0, d_c - x_d.shape[-1]), value=-1)
 
 
@@ -515,11 +579,34 @@ def any_mask_that_broadcasts(x_d, m):
 # Eq. (11)
 
 def predict(g_M, x_d, m, y, u, seen=None, keep=None):
-    """The right prediction from what g_M sees, kept where `keep`: both can be set wrong."""
+    """The right prediction, unless a wrong version changes one of these.
+
+    seen  what g_M is given; the right one is X_d' of Eq. (10)
+    keep  where the generated token is taken; the right one is m
+    """
+    if seen is None:
+        seen = mixing.mask_discrete(x_d, m)
+    if keep is None:
+        keep = m
     with torch.no_grad():
-        logits = g_M(mixing.mask_discrete(x_d, m) if seen is None else seen, y)
-    x_hat = tokenizers.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
-    return torch.where((m if keep is None else keep)[..., None], x_hat, x_d)
+        logits = g_M(seen, y)
+    return take_generated(logits, u, keep, x_d)
+
+
+def take_generated(logits, u, keep, x_d):
+    """Tokens sampled from the logits where `keep` is set, x_d elsewhere."""
+    codes = mixing.sample_codes(logits, u)
+    x_hat = tokenizers.codes_to_bits(codes, x_d.shape[-1] // logits.shape[2])
+    return torch.where(keep[..., None], x_hat, x_d)
+
+
+def code_at(cdf, u, right):
+    """The code in whose share of the cumulative distribution u falls.
+
+    right  whether a u on the border of two shares belongs to the later one, as it should
+    """
+    code = torch.searchsorted(cdf, u.double()[..., None], right=right)[..., 0]
+    return code.clamp(max=cdf.shape[-1] - 1)
 
 
 @mistake(11, mixing, "sample_codes")
@@ -530,13 +617,13 @@ def argmax_instead_of_sampling(logits, u):
 @mistake(11, mixing, "sample_codes")
 def logits_taken_for_probabilities(logits, u):
     cdf = logits.double().clamp(min=0).cumsum(-1)
-    return torch.searchsorted(cdf, u.double()[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    return code_at(cdf, u, right=True)
 
 
 @mistake(11, mixing, "sample_codes")
 def impossible_code_at_u_0(logits, u):
     cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, u.double()[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
+    return code_at(cdf, u, right=False)
 
 
 @mistake(11, tokenizers, "codes_to_bits", also=[4])
@@ -583,18 +670,21 @@ def two_passes(g_M, x_d, m, y, u):
 @mistake(11, mixing, "predict_masked")
 def gradient_through_g_M(g_M, x_d, m, y, u):
     logits = g_M(mixing.mask_discrete(x_d, m), y)
-    x_hat = tokenizers.codes_to_bits(mixing.sample_codes(logits, u), x_d.shape[-1] // logits.shape[2])
-    return torch.where(m[..., None], x_hat, x_d)
+    return take_generated(logits, u, m, x_d)
 
 
 @mistake(11, mixing, "predict_masked")
 def groups_swapped(g_M, x_d, m, y, u):
-    return predict(lambda x, y: g_M(x, y).flip(2), x_d, m, y, u.flip(2))
+    def swapped(x, y):
+        return g_M(x, y).flip(2)
+
+    return predict(swapped, x_d, m, y, u.flip(2))
 
 
 # Eq. (12)
 
 def check_ti_mix(x_d, x_hat, m, rho, lam):
+    """The wrong versions below refuse what the right one refuses: each has one mistake."""
     mixing.check_mask(m, x_d, x_hat)
     if rho.shape != m.shape or not 0 <= lam <= 1:
         raise ValueError(f"rho {tuple(rho.shape)}, lambda {lam}")
@@ -676,26 +766,32 @@ def lambda_never_reaches_zero(step, steps):
 # the verdict
 
 def test_without_a_mistake_every_equation_is_green():
-    """The right versions pass: what turns red below is due to the mistake."""
+    """The right versions pass, so that what turns red below is due to the mistake."""
     assert red_equations() == set()
 
 
 @pytest.fixture(scope="module")
 def sound():
     """A mistake can be planted only where all equations are right."""
-    if red := red_equations():
+    red = red_equations()
+    if red:
         pytest.skip(f"Eqs. {sorted(red)} are red before any mistake is planted")
 
 
 @pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("equation, owner, name, wrong, red", MISTAKES)
-def test_a_mistake_turns_exactly_its_own_equation_red(monkeypatch, equation, owner, name, wrong, red):
-    """A failure here means that the tests miss this mistake, or blame another equation for it."""
+def test_a_mistake_turns_exactly_its_own_equation_red(monkeypatch, equation, owner, name, wrong,
+                                                      red):
+    """Exactly the equation of the mistake turns red.
+
+    A failure here means that the tests miss this mistake, or that they blame another equation.
+    """
     monkeypatch.setattr(owner, name, wrong)
     assert red_equations() == red
 
 
 def test_every_equation_has_at_least_five_mistakes():
-    """Eqs. 3 to 12."""
-    planted = Counter(mistake.values[0] for mistake in MISTAKES)
-    assert set(planted) == set(range(3, 13)) and min(planted.values()) >= 5
+    """Each of Eqs. (3) to (12) has five planted mistakes or more."""
+    planted = Counter(param.values[0] for param in MISTAKES)
+    assert set(planted) == set(range(3, 13))
+    assert min(planted.values()) >= 5

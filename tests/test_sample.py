@@ -1,0 +1,395 @@
+"""sample.py as a user runs it: its options, its files, its figures, and what it refuses.
+
+The models are hardly trained. Only the machinery counts. test_backbone.py tests the samplers.
+"""
+import os
+import shutil
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import backbone
+import running
+import sample
+import tokenizers
+import train
+from running import mixar, sampling
+
+
+def read_png(folder, i):
+    return np.asarray(Image.open(folder / f"{i:06d}.png")).astype(int)
+
+
+def change_run(runs, folder, **meta):
+    """A copy of the shared stages and of the MixAR run, whose checkpoint says `meta` -> the run."""
+    shutil.copytree(runs, folder)
+    path = folder / "shapes-dcmix" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["meta"] |= meta
+    torch.save(saved, path)
+    return path.parent
+
+
+# the random numbers and the models of a run
+
+def test_random_numbers_are_a_function_of_seed_image_and_stream():
+    """They are the same in any batch. Another seed, another image and X_c instead of X_d differ."""
+    def numbers(seed, indices, stream):
+        return sample.image_rng(seed, indices, stream)(lambda g: g.random(4))
+
+    batch = numbers(3, [5, 7], 0)
+    assert torch.equal(batch[1], numbers(3, [7], 0)[0])
+    assert torch.equal(batch, numbers(3, [5, 7], 0))
+    found = set()
+    for seed in (3, 4):
+        for i in (5, 6):
+            for stream in (0, 1):
+                found.add(tuple(numbers(seed, [i], stream)[0].tolist()))
+    assert len(found) == 8
+
+
+def test_pictures_go_through_the_tokenizers_a_few_at_a_time(runs):
+    """Half a million pixels at once: 512 pictures of 32 x 32, or 2 of 512 x 512.
+
+    The pictures and the bits are the same.
+    """
+    system = sample.System(runs / "shapes-dcmix", amp="fp32")
+    generator = torch.Generator().manual_seed(0)
+    bits = tokenizers.quantise(torch.randn(5, system.model.N, 8, generator=generator))
+    pictures = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    x_c = torch.randn(5, system.model.N, 8, generator=generator)
+    seen = []
+    for tokenizer in (system.vq.encoder, system.vq.decoder, system.vae.decoder):
+        tokenizer.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+
+    def both_ways(size):
+        system.size = size
+        seen.clear()
+        return [system.encode_discrete(pictures), system.decode_discrete(bits).int(),
+                system.decode_continuous(x_c).int()]
+
+    whole = both_ways(32)
+    assert seen == 3 * [5]
+    in_pieces = both_ways(512)
+    assert seen == 3 * [2, 2, 1]
+    for a, b in zip(whole, in_pieces):
+        assert (a - b).abs().max() <= 1
+
+
+def test_plain_mar_samples_no_discrete_tokens(runs, tmp_path, monkeypatch):
+    """Guidance none: the prior costs nothing when sampling."""
+    run = tmp_path / "run"
+    train.main(mixar(runs, run, "--steps", 1, "--guidance", "none"))
+    monkeypatch.setattr(sample, "sample_prior", None)
+    sample.main(sampling(run, tmp_path / "s.npz", "--count", 10))
+    assert len(np.load(tmp_path / "s.npz")["arr_0"]) == 10
+    with pytest.raises(TypeError):
+        sample.main(sampling(run, tmp_path / "d.npz", "--count", 10, "--decode", "discrete"))
+
+
+# held-out X_d
+
+def test_truth_takes_x_d_and_class_of_held_out_pictures(runs, tmp_path, monkeypatch):
+    """--truth: image i has codes and class of held-out picture i. The prior is not used."""
+    given = {}
+    shipped = sample.System.sample_continuous
+
+    def note(system, seed, indices, y, x_d, on_step=None):
+        for i, label, bits in zip(indices, y.tolist(), x_d):
+            given[int(i)] = label, bits
+        return shipped(system, seed, indices, y, x_d, on_step)
+
+    monkeypatch.setattr(sample.System, "sample_continuous", note)
+    monkeypatch.setattr(sample, "sample_prior", None)
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "s", "--truth", "--count", 5, "--batch-size", 2))
+    source = tokenizers.open_source("shapes", "test", 32, 5)
+    vq, _ = backbone.load_model(runs / "shapes" / "vq", "vq")
+    assert sorted(given) == [0, 1, 2, 3, 4]
+    for i, (label, bits) in given.items():
+        picture = torch.tensor(source.read(i))[None].float() / 255
+        codes = tokenizers.quantise(vq.encode(picture)).flatten(2)           # (1, d_d, N)
+        assert torch.equal(bits, codes[0].T) and label == source.labels[i]
+        assert (tmp_path / "s" / f"{i:06d}.png").is_file()
+
+
+def test_truth_decoded_is_what_the_bit_tokenizer_keeps_of_the_pictures(runs, tmp_path):
+    """--truth --decode discrete"""
+    flags = ["--truth", "--decode", "discrete", "--count", 2]
+    sample.main(sampling(runs / "shapes-dcmix", tmp_path / "s", *flags))
+    source = tokenizers.open_source("shapes", "test", 32, 2)
+    vq, _ = backbone.load_model(runs / "shapes" / "vq", "vq")
+    for i in range(2):
+        x = torch.tensor(source.read(i))[None].float() / 255
+        expected = sample.truncate(vq.decode(tokenizers.quantise(vq.encode(x))))
+        expected = expected[0].permute(1, 2, 0).int().numpy()                # (H, W, 3)
+        assert abs(read_png(tmp_path / "s", i) - expected).max() <= 1
+
+
+def test_truth_counts_for_a_gif(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "sample_prior", None)
+    out = tmp_path / "s.gif"
+    sample.main(sampling(runs / "shapes-dcmix", out, "--truth", "--count", 2))
+    assert Image.open(out).n_frames == 3
+
+
+@pytest.mark.parametrize("part, count", [("val", 3), ("train", 2)])
+def test_more_pictures_than_are_held_out_is_one_line(runs, tmp_path, part, count):
+    """Two pictures are held out, or none."""
+    folder = tmp_path / "data" / part / "cat"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(folder / name)
+    run = change_run(runs, tmp_path / "runs", data=str(tmp_path / "data"))
+    with pytest.raises(SystemExit, match=f"--truth --count {count}: .* does not hold out so many"):
+        sample.main(sampling(run, tmp_path / "s", "--truth", "--count", count))
+    assert not (tmp_path / "s").exists()
+
+
+# several processes, stopped programs
+
+SIX = ["--count", 6, "--ar-steps", 4, "--diffusion-steps", 5, "--seed", 3]
+
+
+def start_three_times(rank, folder, run):
+    """One of two processes that start sample.py three times.
+
+    six: without delays
+    late.png: the first process writes the settings late, the second one its pictures
+    second.png: all pictures are there
+    """
+    torch.set_num_threads(1)
+    shipped_write = tokenizers.write_whole
+    shipped_sample = sample.System.sample
+    note = folder / "late.png.parts" / "settings.json"
+
+    def write_late(path, write):
+        if Path(path).name == "settings.json":
+            time.sleep(2)
+        shipped_write(path, write)
+
+    def sample_late(*given):
+        assert note.is_file(), "a picture before the note of its settings"
+        time.sleep(2 * rank)
+        return shipped_sample(*given)
+
+    def start(name, *flags):
+        group = f"file://{folder / name}.group"
+        dist.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+        with (folder / f"{name}.{rank}.txt").open("w") as file, redirect_stdout(file):
+            sample.main(sampling(run, folder / name, *flags))
+
+    start("six", *SIX, "--batch-size", 2)
+    tokenizers.write_whole = write_late
+    sample.System.sample = sample_late
+    start("late.png", "--count", 4)
+    tokenizers.write_whole = shipped_write
+    sample.System.sample = None
+    start("second.png", "--count", 4)
+
+
+@pytest.fixture(scope="module")
+def sampled_by_two(runs, tmp_path_factory):
+    """The folder of what two processes make; see start_three_times."""
+    folder = tmp_path_factory.mktemp("two")
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, folder / "second.png.parts", "--count", 4))
+    torch.multiprocessing.spawn(start_three_times, (folder, run), nprocs=2)
+    return folder
+
+
+def test_an_image_does_not_depend_on_batch_size_or_processes(runs, tmp_path, sampled_by_two):
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "a", *SIX, "--batch-size", 6))
+    sample.main(sampling(run, tmp_path / "b", *SIX, "--batch-size", 1))
+    for i in range(6):
+        image = read_png(tmp_path / "a", i)
+        assert abs(image - read_png(tmp_path / "b", i)).max() <= 1
+        assert abs(image - read_png(sampled_by_two / "six", i)).max() <= 1
+    assert abs(read_png(tmp_path / "a", 0) - read_png(tmp_path / "a", 1)).max() > 1
+
+
+def test_one_of_two_processes_tells_the_time(sampled_by_two):
+    first, second = ((sampled_by_two / f"six.{rank}.txt").read_text() for rank in (0, 1))
+    assert "s/image on each of 2 process(es)" in first and str(sampled_by_two / "six") in first
+    assert second == ""
+
+
+@pytest.mark.parametrize("name", ["late.png", "second.png"])
+def test_processes_wait_for_each_other_and_sample_nothing_twice(sampled_by_two, name):
+    """No picture before the note that says how it was made; no grid before the last picture.
+
+    A second start that finds all pictures of a stopped program samples nothing: it makes the grid
+    of them, and the folder of parts is gone.
+    """
+    assert (sampled_by_two / name).is_file()
+    assert not (sampled_by_two / f"{name}.parts").exists()
+    late = np.asarray(Image.open(sampled_by_two / "late.png")).astype(int)
+    second = np.asarray(Image.open(sampled_by_two / "second.png")).astype(int)
+    assert abs(late - second).max() <= 1
+    said = (sampled_by_two / f"{name}.0.txt").read_text()
+    assert ("s/image" in said) == (name == "late.png")
+
+
+def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
+    folder = tmp_path / "s"
+
+    def start(*flags):
+        sample.main(sampling(runs / "shapes-dcmix", folder, *flags))
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+    before = start("--count", 3)
+    after = start("--count", 5)
+    assert len(before) == 3 and len(after) == 5
+    assert all(after[name] == before[name] for name in before)
+    with pytest.raises(SystemExit, match="other settings"):
+        start("--count", 5, "--seed", 1)
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="settings.json: not a") as error:
+        start("--count", 5)
+    assert "\n" not in str(error.value)
+
+
+# files and figures
+
+def test_a_png_is_a_grid_of_the_classes_and_a_line_tells_the_time(runs, tmp_path, capsys):
+    run = runs / "shapes-dcmix"
+    grid = tmp_path / "two.png"
+    flags = ["--ar-steps", 3, "--diffusion-steps", 3, "--cfg", 2.5]
+    sample.main(sampling(run, grid, "--count", 5, "--classes", "star,3", *flags))
+    line = capsys.readouterr().out
+    assert "s/image" in line and "of it the prior" in line and "5 images" in line
+    assert "cpu, 3 AR x 3 diffusion steps, cfg 2.5, amp fp32" in line
+    assert line.endswith(f"\n{grid}\n")
+    # two columns, three rows
+    assert Image.open(grid).size == (64, 96)
+    assert not (tmp_path / "two.png.parts").exists()
+    sample.main(sampling(run, tmp_path / "three.png", "--count", 4, "--classes", "0,1,2"))
+    assert Image.open(tmp_path / "three.png").size == (96, 64)
+
+
+def test_a_gif_has_a_frame_for_the_start_and_each_step(runs, tmp_path):
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "ten.gif", "--count", 10, "--ar-steps", 3))
+    assert Image.open(tmp_path / "ten.gif").n_frames == 4
+    sample.main(sampling(run, tmp_path / "five.gif", "--count", 5))
+    assert Image.open(tmp_path / "five.gif").size == (320, 64)
+
+
+def test_an_npz_holds_the_pictures_of_the_folder(runs, tmp_path):
+    """Of one seed and one class: the third class alone, as its number says."""
+    run = runs / "shapes-dcmix"
+    flags = ["--count", 3, "--classes", "2"]
+    sample.main(sampling(run, tmp_path / "s", *flags))
+    sample.main(sampling(run, tmp_path / "s.npz", *flags))
+    pictures = np.load(tmp_path / "s.npz")["arr_0"]
+    assert pictures.shape == (3, 32, 32, 3) and pictures.dtype == np.uint8
+    for i, picture in enumerate(pictures):
+        assert (picture == read_png(tmp_path / "s", i)).all()
+
+
+def test_a_figure_is_a_grid_of_doubled_pictures_beside_their_names(tmp_path):
+    """Two pictures of 32 x 32, one above the other: the grid begins at pixel (90, 20)."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    sample.save_named_grid(images, tmp_path / "figure.png", ["star"], ["first", "second"])
+    page = np.asarray(Image.open(tmp_path / "figure.png"))
+    assert page.shape == (20 + 2 * 64, 90 + 64, 3)
+    column = images.permute(0, 2, 3, 1).flatten(0, 1).numpy()                # (64, 32, 3)
+    assert (page[20:, 90:] == column.repeat(2, axis=0).repeat(2, axis=1)).all()
+    # each name is dark on white
+    for name in (page[:20, 90:], page[20:84, :90], page[84:, :90]):
+        assert name.min() < 100 and name[0, 0].tolist() == [255, 255, 255]
+
+
+def test_classes_by_name_or_number():
+    """Names come first: a class may be called 1."""
+    shapes = ["disc", "ring", "square", "triangle", "star"]
+    assert sample.wanted_classes("star,3,0", shapes) == [4, 3, 0]
+    assert sample.wanted_classes("1,0", ["1", "0"]) == [0, 1]
+    assert sample.wanted_classes("all", ["a", "b", "c"]) == [0, 1, 2]
+    with pytest.raises(SystemExit, match="--classes zebra: unknown class; .* disc, ring"):
+        sample.wanted_classes("star,zebra", shapes)
+
+
+# one clear line for what is wrong
+
+USELESS = [
+    (["--ar-steps", "0"], "0 is not in [1, inf]"),
+    (["--prior-steps", "0"], "0 is not in [1, inf]"),
+    (["--diffusion-steps", "1"], "1 is not in [2, 1000]"),
+    (["--diffusion-steps", "9:1"], "1 is not in [2, 1000]"),
+    (["--diffusion-steps", "9:5:2"], "9:5:2: give one number, or FIRST:LAST"),
+    (["--count", "0"], "0 is not in [1, inf]"),
+    (["--batch-size", "-1"], "-1 is not in [1, inf]"),
+]
+
+
+@pytest.mark.parametrize("flags, words", USELESS, ids=" ".join)
+def test_numbers_that_sample_nothing_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["run", *flags])
+    assert f"argument {flags[0]}: {words}" in capsys.readouterr().err
+
+
+def test_more_prior_steps_than_codes_are_refused(runs):
+    with pytest.raises(SystemExit, match="--prior-steps 129: more than the 128 codes"):
+        sample.main([str(runs / "shapes-dcmix"), "--prior-steps", "129"])
+
+
+@pytest.mark.parametrize("flags", [["--truth"], ["--decode", "discrete"], ["--out", "s.gif"]],
+                         ids=" ".join)
+def test_an_official_mar_has_no_discrete_tokens(monkeypatch, flags):
+    official = SimpleNamespace(vq=None, prior=None, settings={})
+    monkeypatch.setattr(sample, "System", lambda *given: official)
+    with pytest.raises(SystemExit, match="is an official MAR, which knows no discrete tokens"):
+        sample.main(["mar.pth", *flags])
+
+
+def test_a_prior_of_other_classes_is_refused(runs, tmp_path):
+    """With one class less, the last class of the run would be sampled as "no class"."""
+    saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
+    saved["config"]["classes"] = 9
+    for state in (saved["model"], saved["ema"]):
+        state["class_emb.weight"] = state["class_emb.weight"][:10]
+    torch.save(saved, tmp_path / "prior.pt")
+    words = r"\(64, 8, 10\) tokens, bits, classes; .* \(64, 8, 9\)"
+    with pytest.raises(SystemExit, match=words):
+        sample.main([str(runs / "shapes-dcmix"), "--prior", str(tmp_path / "prior.pt")])
+
+
+def test_foreign_tokenizers_are_refused(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    running.change_weight(tmp_path / "runs" / "shapes" / "vq" / "last.pt", "decoder.conv_out.bias")
+    with pytest.raises(SystemExit, match="was trained with the vq"):
+        sample.main([str(tmp_path / "runs" / "shapes-dcmix")])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/hostile-checkpoint-ran",)
+
+
+def test_truncated_hostile_foreign_and_missing_checkpoints_are_one_line(runs, tmp_path):
+    def refused(path, words):
+        with pytest.raises(SystemExit, match=words) as error:
+            sample.main([str(path)])
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+    whole = (runs / "shapes-dcmix" / "last.pt").read_bytes()
+    short = tmp_path / "short.pt"
+    short.write_bytes(whole[:len(whole) // 2])
+    refused(short, "not a mixar checkpoint: ")
+    hostile = tmp_path / "hostile.pt"
+    torch.save({"kind": "mixar", "model": Hostile()}, hostile)
+    refused(hostile, "not a mixar checkpoint: it holds objects that could run code")
+    assert not Path("/tmp/hostile-checkpoint-ran").exists()
+    refused(tmp_path / "none.pt", "no such file; expected a mixar checkpoint")
+    vae = runs / "shapes" / "vae" / "last.pt"
+    refused(vae, "not a mixar checkpoint: it is a vae checkpoint")
