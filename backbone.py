@@ -205,10 +205,10 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """The positions that the encoder sees, ascending.   (B, N) bool -> (B, K + N - N') int"""
+        """The V positions that the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
         masked = pad(m, (self.K, 0))                                 # class tokens are visible
         if self.mix_at == "encoder":
-            masked = torch.zeros_like(masked)                        # all of x~ is visible
+            masked = torch.zeros_like(masked)                        # all of x~: V = K + N
         count = masked.shape[1] - int(masked[0].sum())
         # a stable sort puts the visible positions, 0, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]
@@ -248,7 +248,7 @@ class MAR(nn.Module):
     def forward(self, x, x_d, m, y, drop):
         """z of Eq. (6), on which the diffusion head predicts each masked token.
 
-        x: (B, N, d_c), the output of `mix`; but for dcmix, its masked positions are never read
+        x: (B, N, d_c), the output of `mix`; masked positions of it are read only with dcmix
         x_d: (B, N, d_d) bits, for dcsa and dcca
         m: (B, N) bool, with the same count in every row
         y: (B,) int, the classes
@@ -261,15 +261,16 @@ class MAR(nn.Module):
         discrete = None
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
-        visible = self.visible_positions(m)                          # (B, K + N - N')
+        visible = self.visible_positions(m)                          # (B, V)
         seen, discrete = self.encode(gather(embedded, visible), discrete)
 
-        # what the decoder gets at masked positions; at visible ones it gets `seen`
+        # At masked positions the decoder gets a placeholder. DC-Mix's is the embedded discrete
+        # token of Eq. (9), which skips the encoder and takes the place of MAR's mask token.
         if self.guidance == "dcmix":
-            full = self.decoder_embed(embedded)                      # Eq. (9)'s discrete token
+            placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
-            full = self.mask_token.expand_as(embedded)               # MAR's mask token
-        full = scatter(full, visible, seen)                          # (B, K + N, D)
+            placeholder = self.mask_token.expand_as(embedded)        # (B, K + N, D)
+        full = scatter(placeholder, visible, seen)                   # (B, K + N, D)
         return self.decode(full, discrete)                           # (B, N, D)
 
     @classmethod

@@ -136,7 +136,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     hidden = N
     for s in range(ar_steps):
         left = hidden_after(s, ar_steps, N, hidden)
-        # MAR takes the scale before it sets what the last step leaves to 0
+        # as in MAR, the scale of the last step is that of one token left, not of none
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         if s == ar_steps - 1:
             left = 0
@@ -167,7 +167,7 @@ def truncate(x):
 def describe_run(args, shared, run, tokens, prior):
     """What a checkpoint of train.py says beside the model: all that `System` needs."""
     def place(kind, given):
-        """The full path of a user's file, or the way from the run's folder to one of ours."""
+        """The full path of a user's file, or the relative path from the run to one of ours."""
         return os.path.abspath(given) if given else os.path.relpath(shared / kind, run)
 
     made_from = tokens.made_from

@@ -519,7 +519,7 @@ def open_source(data, split, size, count):
     else:
         source = Folder(root, split, size, count)
     source.made_from = dict(data=where, split=split, size=size, pictures=len(source.labels))
-    # As many pictures under other names are other pictures.
+    # The same number of files under other names is another data set.
     if isinstance(source, Folder):
         source.made_from["names"] = hashlib.sha256(source.names.encode()).hexdigest()[:16]
     return source
@@ -633,8 +633,9 @@ def encode(pictures, vae, vq, device, mirror):
 def cache_tokens(folder, source, vae, vq, device, batch=None):
     """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy; see `encode`.
 
-    status.npy says which pictures are done, so that a killed run goes on. meta.json holds the mean
-    and deviation of x_c. SystemExit if the folder was made from other pictures or tokenizers.
+    status.npy holds 0 for a picture to do, 1 for one done and 2 for an unreadable one, so that a
+    killed run goes on. meta.json holds the mean and deviation of x_c.
+    SystemExit if the folder was made from other pictures or tokenizers.
     """
     made_from = source.made_from | dict(vae=fingerprint(vae), vq=fingerprint(vq))
     meta = read_json(folder / "meta.json")

@@ -40,7 +40,7 @@ CLIP = 3.0                   # largest norm of the gradient                    [
 EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SEED_DISTANCE = 10_000_019   # no two (seed, step) have the same random numbers below so many steps
+SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine. `draws` is R.                                                [ours]
@@ -180,9 +180,9 @@ def parallel(module):
 
 
 def exit_on_signal(received=()):
-    """From now on Ctrl-C or SIGTERM, or one received before, ends the program at once.
+    """Outside `fit`: from now on Ctrl-C or SIGTERM ends the program at once.
 
-    The exit code is the one that shells expect.
+    received: signals that came earlier; the first of them ends it now
     """
     def stop(number, frame):
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -195,7 +195,10 @@ def exit_on_signal(received=()):
 
 
 def remember_signals():
-    """From now on Ctrl-C or SIGTERM only adds its number to the list that this returns."""
+    """In `fit`: from now on Ctrl-C or SIGTERM only adds its number to the list returned here.
+
+    The step is then finished and saved before the program ends.
+    """
     received = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
@@ -231,9 +234,9 @@ def autocast(amp, device):
 class Rng:
     """The random numbers of a step: a function of (seed, step).
 
-    rng(f, *shape) draws f's numbers (B, *shape) for the global batch and returns those of the rows
-    that belong to this process, or to part `part` of its `parts` (--accumulate).
-    rng.shared(f, *shape) returns the same numbers to all.
+    rng(f, *shape) draws f's numbers (B, *shape) for the whole batch and keeps the rows of this
+    process, so that the number of processes changes nothing. With --accumulate it keeps those of
+    part `part` of `parts`. rng.shared(f, *shape) gives the same numbers to all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -435,7 +438,7 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
     received = remember_signals()
     failed = 0
     while state.step < steps:
-        # with --init rate, data and average go on, whereas lambda starts again
+        # a run started by --init continues the schedules of the run before; only lambda restarts
         total_step = state.before + state.step
         lr = state.set_rate(recipe, total_step)
         batches = step_batches(args, get_batch, n, B, total_step, parts)
