@@ -334,7 +334,7 @@ def read_rgb(path):
 # It has
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
 #     mirror             whether training may mirror the pictures
-#     held_out           whether the pictures of split "test" are not those of split "train"
+#     held_out           for split "test": whether its pictures are not those of split "train"
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
 
