@@ -1,16 +1,20 @@
 """Two sets of pictures compared: FID, inception score and rFID. Section 4, Tables 1 and 2.
 
-`main` is the whole program. A set is measured by mean and covariance of its features. Features of
-the released Inception network make the distance FID; those of a small classifier of the data set
-never do. A run is sampled with its own settings; sample.py makes files of pictures at any others.
+`main` is the whole program: open the feature network, measure B, measure A, compare, report.
+`measure` streams pictures through the network and takes mean and covariance of the features;
+`frechet_distance` compares those of two sets. The released Inception network makes it FID. A small
+classifier of the data set gives other features, whose distance is never called FID.
 
-Reads runs through sample.py and data sets through tokenizers.py. Read tests/ next.
+A run is sampled with its own settings. For other settings, sample.py first writes the pictures.
+Reads runs through sample.py and data sets through tokenizers.py, writes JSON. It is the last file.
 Try: python fid.py runs/shapes-dcmix shapes
+
 B batch, n pictures, d features, K classes. All statistics are float64.
 """
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -20,7 +24,7 @@ import torch
 from PIL import Image
 from scipy.special import log_softmax
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate, pad
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, max_pool2d, pad
 from tqdm import tqdm
 
 import backbone
@@ -28,117 +32,194 @@ import sample
 import tokenizers
 import train
 
-# the weights of FID, and how the sha256 of their file begins   [pytorch-fid]
-URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-       "pt_inception-2015-12-05-6726825d.pth")
+# The weights of FID. HASH is the start of the file's sha256.   [pytorch-fid]
+URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 HASH = "6726825d"
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)) of two normals.   [Heusel 2017]
+    """The Frechet distance of two normal distributions, a float.   [Heusel 2017]
 
-    mu1 and mu2 (d,) are their means, sigma1 and sigma2 (d, d) their covariances S1 and S2.
+        |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
+
+    mu1, mu2: the means, (d,).
+    sigma1, sigma2: the covariances S1 and S2, (d, d); they may be singular.
+
     Raises ValueError if the shapes do not fit together or a value is not finite.
     """
-    # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2); rounding puts some below 0
+    mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
+    mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
+    d = len(mu1)
+    if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
+        means, covariances = f"{mu1.shape} and {mu2.shape}", f"{sigma1.shape} and {sigma2.shape}"
+        raise ValueError(f"mu {means}, sigma {covariances} do not fit together")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("the statistics hold values that are not finite")
+
+    # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2). None is negative:
+    # one below 0 is a rounding error.
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T           # S1^(1/2)
     trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    between = np.square(np.subtract(mu1, mu2)).sum()
-    distance = between + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
-    if not np.isfinite(distance):
-        raise ValueError("the statistics are not finite")
-    return distance
+    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
 def inception_score(logits, splits=10, shuffle=2020):
-    """exp(mean KL(p(y|x) || p(y))) of `splits` parts of the logits (n, K).   [Salimans 2016]
+    """exp(mean KL(p(y|x) || p(y))), computed in each of several parts.   [Salimans 2016]
 
-    shuffle: seed of a permutation of the rows; None keeps their order
+    logits: (n, K), n at least `splits`.
+    splits: the number of parts.
+    shuffle: seed of the permutation of the rows before they are split; None keeps their order.
+
+    Returns a dict: mean and deviation over the parts, splits, shuffle.
     """
     n = len(logits)
     if n < splits:
         raise ValueError(f"{n} pictures cannot fill {splits} parts")
-    rows = np.arange(n) if shuffle is None else np.random.RandomState(shuffle).permutation(n)
-    log_p = log_softmax(np.float64(logits)[rows], axis=1)
+    rows = np.arange(n)
+    if shuffle is not None:
+        rows = np.random.RandomState(shuffle).permutation(n)
+    log_p = log_softmax(np.asarray(logits, np.float64)[rows], axis=1)
+
     scores = []
     for part in np.split(log_p, [i * n // splits for i in range(1, splits)]):
         p = np.exp(part)                                             # (n / splits, K)   p(y|x)
-        marginal = p.mean(0).clip(np.finfo(float).tiny)              # (K,)              p(y)
+        marginal = p.mean(0).clip(np.finfo(np.float64).tiny)         # (K,)              p(y)
         scores.append(np.exp((p * (part - np.log(marginal))).sum(1).mean()))
-    return dict(mean=np.mean(scores), deviation=np.std(scores), splits=splits, shuffle=shuffle)
+    mean, deviation = float(np.mean(scores)), float(np.std(scores))
+    return dict(mean=mean, deviation=deviation, splits=splits, shuffle=shuffle)
 
 
 def conv(c_in, c_out, kernel, stride=1, padding="same"):
     """Convolution, batch norm and ReLU."""
-    return nn.Sequential(OrderedDict(
+    layers = OrderedDict(
         conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(inplace=True)))
+        bn=nn.BatchNorm2d(c_out, eps=1e-3),
+        relu=nn.ReLU(inplace=True),
+    )
+    return nn.Sequential(layers)
 
 
-class Branches(nn.Module):
-    """Rows of convolutions side by side, whose outputs are joined.
+def average(x):
+    """The mean of each 3 x 3 neighbourhood, in which padding does not count."""
+    return avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
-    rows: the layers of each row, (c_out, kernel, ...) as in `conv`; LINES are two side by side
-    pool, pooled: one more row is `pool` and, if not 0, a 1 x 1 convolution to `pooled` channels
-    """
 
-    def __init__(self, c, pool, pooled, **rows):
+def maximum(x):
+    return max_pool2d(x, 3, 1, 1)
+
+
+class InceptionA(nn.Module):
+    """Convolutions of 1 x 1, of 5 x 5 and twice of 3 x 3 side by side; 224 + c_pool channels."""
+
+    def __init__(self, c_in, c_pool):
         super().__init__()
-        self.rows = []
-        rows["branch_pool"] = [(pooled, 1)] if pooled else []
-        for name, layers in rows.items():
-            row = [[pool]] if name == "branch_pool" else []
-            c_in = c
-            for i, (c_out, kernel, *how) in enumerate(layers, 1):
-                # the released file's names: branch1x1, branch5x5_1, branch5x5_2, branch3x3_2a
-                number = f"_{i}" if len(layers) > 1 else ""
-                kernels = LINES if kernel is LINES else {"": kernel}
-                row.append([conv(c_in, c_out, size, *how) for size in kernels.values()])
-                for letter, layer in zip(kernels, row[-1]):
-                    self.add_module(f"{name}{number}{letter}", layer)
-                c_in = c_out
-            self.rows.append(row)
+        self.branch1x1 = conv(c_in, 64, 1)
+        self.branch5x5_1 = conv(c_in, 48, 1)
+        self.branch5x5_2 = conv(48, 64, 5)
+        self.branch3x3dbl_1 = conv(c_in, 64, 1)
+        self.branch3x3dbl_2 = conv(64, 96, 3)
+        self.branch3x3dbl_3 = conv(96, 96, 3)
+        self.branch_pool = conv(c_in, c_pool, 1)
 
     def forward(self, x):
-        joined = []
-        for row in self.rows:
-            outputs = [x]
-            for layers in row:
-                outputs = [layer(outputs[0]) for layer in layers]
-            joined += outputs
-        return torch.cat(joined, dim=1)
+        one = self.branch1x1(x)
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([one, five, double, self.branch_pool(average(x))], dim=1)
 
 
-AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-HALVE = nn.MaxPool2d(3, 2)
-LINES = dict(a=(1, 3), b=(3, 1))
+class InceptionB(nn.Module):
+    """Half the height and width, 480 channels more."""
+
+    def __init__(self, c_in):
+        super().__init__()
+        self.branch3x3 = conv(c_in, 384, 3, 2, "valid")
+        self.branch3x3dbl_1 = conv(c_in, 64, 1)
+        self.branch3x3dbl_2 = conv(64, 96, 3)
+        self.branch3x3dbl_3 = conv(96, 96, 3, 2, "valid")
+
+    def forward(self, x):
+        three = self.branch3x3(x)
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([three, double, max_pool2d(x, 3, 2)], dim=1)
 
 
-def block_a(c, pooled):
-    """c -> 224 + pooled channels."""
-    return Branches(c, AVERAGE, pooled, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
-                    branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
+class InceptionC(nn.Module):
+    """Convolutions of 7 x 7, as pairs of 1 x 7 and 7 x 1 that are c channels wide; 768 channels."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.branch1x1 = conv(768, 192, 1)
+        self.branch7x7_1 = conv(768, c, 1)
+        self.branch7x7_2 = conv(c, c, (1, 7))
+        self.branch7x7_3 = conv(c, 192, (7, 1))
+        self.branch7x7dbl_1 = conv(768, c, 1)
+        self.branch7x7dbl_2 = conv(c, c, (7, 1))
+        self.branch7x7dbl_3 = conv(c, c, (1, 7))
+        self.branch7x7dbl_4 = conv(c, c, (7, 1))
+        self.branch7x7dbl_5 = conv(c, 192, (1, 7))
+        self.branch_pool = conv(768, 192, 1)
+
+    def forward(self, x):
+        one = self.branch1x1(x)
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([one, seven, double, self.branch_pool(average(x))], dim=1)
 
 
-def block_c(c):
-    """768 -> 768 channels, by pairs of 1 x 7 and 7 x 1 in place of 7 x 7, c channels wide."""
-    return Branches(768, AVERAGE, 192, branch1x1=[(192, 1)],
-                    branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
-                    branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))])
+class InceptionD(nn.Module):
+    """Half the height and width; 768 channels become 1280."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = conv(768, 192, 1)
+        self.branch3x3_2 = conv(192, 320, 3, 2, "valid")
+        self.branch7x7x3_1 = conv(768, 192, 1)
+        self.branch7x7x3_2 = conv(192, 192, (1, 7))
+        self.branch7x7x3_3 = conv(192, 192, (7, 1))
+        self.branch7x7x3_4 = conv(192, 192, 3, 2, "valid")
+
+    def forward(self, x):
+        three = self.branch3x3_2(self.branch3x3_1(x))
+        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([three, self.branch7x7x3_4(seven), max_pool2d(x, 3, 2)], dim=1)
 
 
-def block_e(c, pool):
-    """c -> 2048 channels."""
-    return Branches(c, pool, 192, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, LINES)],
-                    branch3x3dbl=[(448, 1), (384, 3), (384, LINES)])
+class InceptionE(nn.Module):
+    """Convolutions of 1 x 3 and 3 x 1 side by side; 2048 channels."""
+
+    def __init__(self, c_in, pool):
+        super().__init__()
+        self.branch1x1 = conv(c_in, 320, 1)
+        self.branch3x3_1 = conv(c_in, 384, 1)
+        self.branch3x3_2a = conv(384, 384, (1, 3))
+        self.branch3x3_2b = conv(384, 384, (3, 1))
+        self.branch3x3dbl_1 = conv(c_in, 448, 1)
+        self.branch3x3dbl_2 = conv(448, 384, 3)
+        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
+        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
+        self.branch_pool = conv(c_in, 192, 1)
+        self.pool = pool
+
+    def forward(self, x):
+        three = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        one = self.branch1x1(x)
+        three = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
+        double = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([one, *three, *double, self.branch_pool(self.pool(x))], dim=1)
 
 
-class Inception(nn.Sequential):
+class Inception(nn.Module):
     """The network of TensorFlow's 2015 graph, under the names of its released PyTorch file.
 
-    resize: "torch-fidelity" or "pytorch-fid", which differ in nothing else
-    size: the side to which pictures are cropped before
+    resize: "torch-fidelity" or "pytorch-fid", the only difference between their features.
+    size: pictures are cropped to this side before they are resized to 299.
     """
 
     samples = 50000
@@ -146,58 +227,71 @@ class Inception(nn.Sequential):
     width = 2048
 
     def __init__(self, resize="torch-fidelity", size=None):
-        super().__init__(OrderedDict(
-            Conv2d_1a_3x3=conv(3, 32, 3, 2, "valid"), Conv2d_2a_3x3=conv(32, 32, 3, 1, "valid"),
-            Conv2d_2b_3x3=conv(32, 64, 3), pool1=HALVE,
-            Conv2d_3b_1x1=conv(64, 80, 1), Conv2d_4a_3x3=conv(80, 192, 3, 1, "valid"), pool2=HALVE,
-            Mixed_5b=block_a(192, 32), Mixed_5c=block_a(256, 64), Mixed_5d=block_a(288, 64),
-            Mixed_6a=Branches(288, HALVE, 0, branch3x3=[(384, 3, 2, "valid")],
-                              branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, "valid")]),
-            Mixed_6b=block_c(128), Mixed_6c=block_c(160),
-            Mixed_6d=block_c(160), Mixed_6e=block_c(192),
-            Mixed_7a=Branches(768, HALVE, 0, branch3x3=[(192, 1), (320, 3, 2, "valid")],
-                              branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)),
-                                           (192, 3, 2, "valid")]),
-            Mixed_7b=block_e(1280, AVERAGE),
-            # the graph of 2015 has the maximum here   [torch-fidelity] [pytorch-fid]
-            Mixed_7c=block_e(2048, nn.MaxPool2d(3, 1, 1)),
-            fc=nn.Linear(2048, 1008)))
+        super().__init__()
+        self.Conv2d_1a_3x3 = conv(3, 32, 3, 2, "valid")
+        self.Conv2d_2a_3x3 = conv(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = conv(32, 64, 3)
+        self.pool1 = nn.MaxPool2d(3, 2)
+        self.Conv2d_3b_1x1 = conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv(80, 192, 3, padding="valid")
+        self.pool2 = nn.MaxPool2d(3, 2)
+        self.Mixed_5b = InceptionA(192, 32)
+        self.Mixed_5c = InceptionA(256, 64)
+        self.Mixed_5d = InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(128)
+        self.Mixed_6c = InceptionC(160)
+        self.Mixed_6d = InceptionC(160)
+        self.Mixed_6e = InceptionC(192)
+        self.Mixed_7a = InceptionD()
+        self.Mixed_7b = InceptionE(1280, average)
+        # The graph of 2015 has the maximum here.   [torch-fidelity] [pytorch-fid]
+        self.Mixed_7c = InceptionE(2048, maximum)
+        self.fc = nn.Linear(2048, 1008)
         self.resize = resize
         self.size = size
 
     def forward(self, images):
         """uint8 (B, 3, H, W) -> features (B, 2048), logits without their bias (B, 1008)."""
         if self.resize == "torch-fidelity":
-            # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in
+            # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in.
             wider = pad(images.float(), (0, 1, 0, 1), mode="replicate")
             x = interpolate(wider, (300, 300), mode="bilinear", align_corners=True)
             x = (x[..., :299, :299] - 128) / 128
         else:
-            x = 2 * interpolate(images.float() / 255, (299, 299), mode="bilinear") - 1
-        *layers, fc = self
-        features = nn.Sequential(*layers)(x).mean((2, 3))
+            x = interpolate(images.float() / 255, (299, 299), mode="bilinear")
+            x = 2 * x - 1
+        *layers, fc = self.children()
+        for layer in layers:
+            x = layer(x)
+        features = x.mean((2, 3))
         return features, features @ fc.weight.T
 
 
-def block(c_in, c_out, stride):
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-
-
 class Classifier(nn.Module):
-    """A small network, whose features are means at two depths: texture, then shape.   [ours]"""
+    """A small network that classifies pictures of a data set.   [ours]
+
+    Its features are channel means at two depths: texture and colour, then shape.
+    """
 
     samples = 2000
     score = "classifier_score"
-    width = 144
+    width = 48 + 96
 
     def __init__(self, classes, size):
         super().__init__()
-        self.size = size
-        self.fine = nn.Sequential(block(3, 32, 1), block(32, 48, 2), block(48, 48, 1))
-        self.coarse = nn.Sequential(
-            block(48, 96, 2), block(96, 96, 1), block(96, 96, 2), block(96, 96, 1))
+        fine = [self.block(3, 32, 1), self.block(32, 48, 2), self.block(48, 48, 1)]
+        self.fine = nn.Sequential(*fine)
+        coarse = [self.block(48, 96, 2), self.block(96, 96, 1)]
+        coarse += [self.block(96, 96, 2), self.block(96, 96, 1)]
+        self.coarse = nn.Sequential(*coarse)
         self.head = nn.Linear(self.width, classes)
+        self.size = size
+
+    @staticmethod
+    def block(c_in, c_out, stride):
+        convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
 
     def forward(self, images):
         """uint8 (B, 3, size, size) -> features (B, d), logits (B, K)."""
@@ -208,272 +302,363 @@ class Classifier(nn.Module):
 
 
 def train_classifier(path, data, size, device, steps=700, B=128):
-    """Train the classifier of `data` and save it; a tenth is held out and tells its accuracy."""
+    """Train the classifier on nine tenths of the train split, and save it with its accuracy.
+
+    The same pictures give the same classifier. The last tenth is held out for the accuracy.
+    """
     source = tokenizers.open_source(data, "train", size, None if data == "shapes" else 60000)
     if len(source.classes) == 1:
-        raise SystemExit(f"{data} has one class only to learn from; choose other --features")
-    x, y = (torch.tensor(a, device=device) for a in tokenizers.read_all(source))
-    n = len(y)
+        raise SystemExit(f"{data} has one class, which no classifier can tell from others; "
+                         "choose other --features")
+    pictures, labels = tokenizers.read_all(source)
+    x = torch.tensor(pictures)                                       # (n, 3, size, size)
+    y = torch.tensor(labels)                                         # (n,)
     torch.manual_seed(0)
     rng = np.random.RandomState(0)
-    config = dict(classes=len(source.classes), size=size)
-    model = Classifier(**config).to(device)
-    kept, held_out = np.split(rng.permutation(n), [n - n // 10])
+    model = Classifier(len(source.classes), size).to(device)
+    kept, held_out = np.split(rng.permutation(len(y)), [len(y) - len(y) // 10])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    order = np.concatenate([rng.permutation(kept) for _ in range(steps * B // len(kept) + 1)])
-    for rows in tqdm(order[:steps * B].reshape(steps, B), "classifier"):
+    epochs = math.ceil(steps * B / len(kept))
+    order = np.concatenate([rng.permutation(kept) for _ in range(epochs)])
+    batches = order[:steps * B].reshape(steps, B)
+    for rows in tqdm(batches, desc="classifier", unit="step", disable=None):
         with train.autocast("auto", torch.device(device)):
-            _, logits = model(x[rows])
-            loss = cross_entropy(logits.float(), y[rows])
+            _, logits = model(x[rows].to(device))
+            loss = cross_entropy(logits.float(), y[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
     model.eval()
-    logits = [model(part)[1] for part in x[held_out].split(500)]
+    logits = [model(part.to(device))[1].cpu() for part in x[held_out].split(500)]
     right = torch.cat(logits).argmax(1) == y[held_out]
-    saved = dict(kind="classifier", config=config, model=model.state_dict(), meta=dict(
-        data=data, pictures=len(kept), skipped=len(source.labels) - n, steps=steps,
-        held_out_accuracy=right.double().mean().item()))
+    meta = dict(data=data, pictures=len(kept), skipped=len(source.labels) - len(y), steps=steps,
+                held_out_accuracy=right.double().mean().item())
+    config = dict(classes=len(source.classes), size=size)
+    saved = dict(kind="classifier", config=config, model=model.state_dict(), meta=meta)
     tokenizers.write_whole(path, lambda file: torch.save(saved, file))
 
 
+def released_weights():
+    """The path of FID's weights, which are fetched once.   [pytorch-fid]"""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH)
+    except (OSError, RuntimeError) as error:
+        advice = f"cannot be fetched ({error}); put it there, or name it by --features"
+        raise SystemExit(f"{path}: no such file, and {URL} {advice}") from None
+    return path
+
+
 def load_extractor(path, args, size):
-    """The feature network in `path`, a classifier or Inception, with `metric` and `about`."""
+    """The feature network in `path`: a classifier saved here, or Inception.
+
+    size: side to which pictures are cropped before Inception; a classifier has its own.
+
+    Returns the model with three more attributes: name, metric (what its distance is called) and
+    about (for the report).
+    """
     saved = backbone.load_checkpoint(path, "classifier")
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     released = sha256.startswith(HASH)
-    about = saved.get("meta", {})
-    with tokenizers.reading(path, "file of FID's network or of a classifier"):
-        if "kind" in saved:
-            name = f"small classifier {sha256[:16]} of {about['data']}"
-            model = tokenizers.build(Classifier, saved["config"], saved["model"])
-        elif size:
-            release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
-            name = f"Inception-v3 {release}, resize of {args.resize}"
-            # a plain dict, to which PyTorch adds the counters of batches that the file lacks
-            model = tokenizers.build(Inception, dict(resize=args.resize, size=size), dict(saved))
-        else:
+    if "kind" in saved:
+        model = Classifier(**saved["config"])
+        weights = saved["model"]
+        about = saved["meta"]
+        model.name = f"small classifier {sha256[:16]} of {about['data']}"
+    else:
+        if not size:
             raise SystemExit(f"{path}: Inception's features without a run need --size")
-    model.metric = "FID" if released else f"Frechet distance ({name}, not FID)"
-    model.about = dict(name=name, file=str(path), sha256=sha256, width=model.width,
-                       size=model.size) | about
-    return model.to(args.device, memory_format=torch.channels_last)
+        model = Inception(args.resize, size)
+        # The released file has no counters of batches.
+        own = model.state_dict()
+        weights = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | saved
+        about = {}
+        release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
+        model.name = f"Inception-v3 {release}, resize of {args.resize}"
+    with tokenizers.reading(path, "feature network"):
+        model.load_state_dict(weights)
+    model.metric = "FID" if released else f"Frechet distance ({model.name}, not FID)"
+    model.about = dict(name=model.name, file=str(path), sha256=sha256)
+    model.about |= dict(width=model.width, size=model.size) | about
+    return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
 
-def open_extractor(args, home):
-    """The feature network of --features, fetched or trained if missing; `home` tells the data."""
-    run = home.run
-    path = args.features
-    if path == "inception":
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
-        with tokenizers.reading(path, f"file yet; put {URL} there, or name it by --features"):
-            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
-    elif path == "classifier":
-        if not home.data:
-            raise SystemExit(f"nothing tells the data set of {home.what}; choose --features")
-        folder = run.shared if run else Path("runs") / Path(home.data).name
-        path = folder / "classifier.pt"
-        if not path.is_file():
-            train_classifier(path, home.data, min(run.size, 64) if run else 32, args.device)
-        data = backbone.load_checkpoint(path, "classifier")["meta"]["data"]
-        if data != home.data:
-            raise SystemExit(f"{path} is the classifier of {data}, not {home.data}; move it away")
+def find_weights(args, run, data):
+    """The path of the network that --features names, fetched or trained if it is missing.
+
+    run: the sample.System of a run whose data set is `data`, or None.
+    data: the data set whose classifier is wanted, or None.
+    """
+    if args.features == "inception":
+        return released_weights()
+    if args.features != "classifier":
+        return args.features
+    if not data:
+        raise SystemExit(f"nothing tells the data set behind {args.pictures}; choose --features")
+    if data != "shapes":
+        data = str(Path(data).resolve())
+    folder = run.shared if run else Path("runs") / Path(data).name
+    path = folder / "classifier.pt"
+    if not path.is_file():
+        train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
+    other = backbone.load_checkpoint(path, "classifier")["meta"]["data"]
+    if other != data:
+        raise SystemExit(f"{path} is the classifier of {other}, not of {data}; move it away")
+    return path
+
+
+def open_extractor(args, a, b):
+    """The feature network of --features."""
+    run = a.run or (b and b.run)
+    data = run.meta["data"] if run else (b and b.data) or a.data
+    path = find_weights(args, run, data)
     return load_extractor(path, args, args.size or (run and run.size))
 
 
-class PictureSet:
-    """A or B: its kind, the System of a run, the data set behind it, the arrays of an npz file."""
+def read_npz(path, *names):
+    """The arrays of those names in an npz file, as far as it holds them, in a dict."""
+    with tokenizers.reading(path, "readable npz file"), np.load(path) as file:
+        return {name: file[name] for name in names if name in file}
 
-    run = None
-    data = None
+
+class PictureSet:
+    """A or B of the command line.
+
+    what: its name there.
+    kind: "run", "npz" (pictures), "statistics" (mu and sigma), "data" or "folder".
+    run: the sample.System of a run, else None.
+    data: the data set, or that of the run, else None.
+    """
 
     def __init__(self, what, device):
         self.what = what
-        path = Path(what)
-        if path.suffix == ".npz":
-            with tokenizers.reading(what, "readable npz file"):
-                self.arrays = dict(np.load(path))
-            self.kind = "statistics" if "mu" in self.arrays else "npz"
-        elif path.is_file() or (path / "last.pt").is_file():
-            self.kind = "run"
-            self.run = sample.System(what, device)
+        self.kind = self.find_kind(Path(what))
+        self.run = sample.System(what, device) if self.kind == "run" else None
+        self.data = what if self.kind == "data" else None
+        if self.run:
             self.data = self.run.meta["data"]
-        elif what == "shapes" or any(p.is_dir() or "-ubyte" in p.name for p in path.glob("*")):
-            self.kind = "data"
-            self.data = what if what == "shapes" else str(path.resolve())
-        elif path.is_dir():
-            self.kind = "folder"
-        else:
-            raise SystemExit(f"{what}: no such run, folder, npz file or data set (shapes is one)")
 
+    def find_kind(self, path):
+        if path.suffix == ".npz" and path.is_file():
+            return "statistics" if read_npz(path, "mu") else "npz"
+        if path.is_file() or (path / "last.pt").is_file():
+            return "run"
+        if self.what == "shapes":
+            return "data"
+        if not path.is_dir():
+            raise SystemExit(f"{path}: no such run, folder, npz file or data set (shapes is one)")
+        has_folders = any(inside.is_dir() for inside in path.iterdir())
+        return "data" if has_folders or list(path.glob("*idx?-ubyte*")) else "folder"
 
-def pictures_of(one, count, size, args):
-    """The first `count` pictures of a PictureSet, or all if it is None: (n, read, note).
+    def open(self, count, size, args):
+        """The first `count` pictures, or all of them if it is None.
 
-    Those of folders and data sets are cropped to `size`. read(numbers) gives each one as uint8
-    (3, H, W), or a text that says why it cannot be read.
-    """
-    run = one.run
-    note = dict(source=one.what, kind=one.kind)
-    if run:
-        note |= dict(step=run.step, settings=run.settings, seed=args.seed,
-                     batch_size=args.batch_size)
+        size: side to which the pictures of folders and data sets are cropped.
 
-        # picture i is the one that sample.py makes under this seed
-        def read(numbers):
-            y = torch.tensor(numbers, device=run.device) % len(run.meta["classes"])
-            return run.sample(args.seed, numbers, y).cpu().numpy()
+        Returns (n, read, note). read(numbers) gives the pictures of a list of numbers below n,
+        uint8 (3, H, W) each, or the reason why one cannot be read. The note is for the report.
+        """
+        note = dict(source=self.what, kind=self.kind)
+        if self.run:
+            note |= dict(step=self.run.step, settings=self.run.settings)
+            note |= dict(seed=args.seed, batch_size=args.batch_size)
 
-        return count, read, note
-    if one.kind == "npz":
-        with tokenizers.reading(one.what, "file of arr_0, uint8 (n, H, W, 3), or of mu and sigma"):
-            pictures = one.arrays["arr_0"][:count].transpose(0, 3, 1, 2)
-            if pictures.dtype != np.uint8 or pictures.shape[1] != 3:
-                raise ValueError(f"arr_0 is {pictures.dtype} {one.arrays['arr_0'].shape}")
-        return len(pictures), lambda numbers: pictures[numbers], note
-    source = tokenizers.open_source(one.what, "test", size, count)
-    note["split"] = "held out" if source.held_out else "all, nothing is held out"
-    return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
+            # Picture i is the one that sample.py makes under this seed.
+            def read(numbers):
+                y = torch.tensor(numbers, device=self.run.device) % len(self.run.meta["classes"])
+                return self.run.sample(args.seed, numbers, y).cpu().numpy()
+
+            return count, read, note
+        if self.kind == "npz":
+            pictures = read_npz(self.what, "arr_0").get("arr_0")
+            if pictures is None or pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
+                expected = "expected an npz file with arr_0, uint8 (n, H, W, 3), or mu and sigma"
+                raise SystemExit(f"{self.what}: {expected}")
+            pictures = pictures[:count].transpose(0, 3, 1, 2)
+            return len(pictures), lambda numbers: pictures[numbers], note
+        source = tokenizers.open_source(self.what, "test", size, count)
+        note["split"] = "held out" if source.held_out else "all, nothing is held out"
+        return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
 
 
 def crop(pictures, size):
-    """Pictures (3, H, W) uint8 -> a tensor (B, 3, size, size), cropped as data sets are."""
-    images = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures]
-    cropped = np.stack([tokenizers.center_crop(image, size) for image in images])
-    return torch.tensor(cropped.transpose(0, 3, 1, 2))
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, size, size), cropped as data sets are."""
+    if pictures.shape[2:] == (size, size):
+        return pictures
+    images = [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
+    cropped = [np.asarray(tokenizers.center_crop(image, size)) for image in images]
+    return torch.tensor(np.stack(cropped)).permute(0, 3, 1, 2).contiguous()
 
 
 def reconstruct(pictures, run, tokenizer):
-    """Pictures (3, H, W) uint8 after the "vae" (its posterior mean) or the "vq" of a run."""
-    x = crop(pictures, run.size).to(run.device)                      # (B, 3, size, size)
+    """uint8 (B, 3, H, W) -> uint8, through the "vae" (its posterior mean) or the "vq" of a run."""
+    pictures = crop(pictures, run.size)
     if tokenizer == "vq":
-        return run.decode_discrete(run.encode_discrete(x))
-    y = run.in_pieces(lambda x: run.vae.decode(run.vae.encode(x)[0]), x.float() / 127.5 - 1)
-    return sample.to_bytes(y)
+        return run.decode_discrete(run.encode_discrete(pictures)).cpu()
+
+    def through_vae(x):
+        mean, _ = run.vae.encode(x)
+        return run.vae.decode(mean)
+
+    x = pictures.to(run.device).float() / 127.5 - 1
+    return sample.to_bytes(run.in_pieces(through_vae, x)).cpu()
+
+
+def load_statistics(path, extractor):
+    """The statistics in an npz file, as of `measure`. SystemExit if they are of other features."""
+    saved = read_npz(path, "mu", "sigma", "n", "extractor")
+    n = saved["n"].item() if "n" in saved else "not recorded"
+    name = saved["extractor"].item() if "extractor" in saved else "not recorded"
+    if name not in (extractor.name, "not recorded"):
+        raise SystemExit(f"{path} holds features of {name}, not of {extractor.name}")
+    note = dict(source=path, kind="statistics", count=n, extractor=name)
+    return dict(mu=saved["mu"], sigma=saved["sigma"], n=n, note=note)
 
 
 @torch.no_grad()
-def measure(one, extractor, args, count=None, run=None, tokenizer=None):
-    """mu (d,) and sigma (d, d) of the features of a PictureSet, and a note for the report.
+def measure(one, count, extractor, args, run=None, tokenizer=None):
+    """The mean mu (d,) and covariance sigma (d, d) of a PictureSet's features, n, and a note.
 
-    count: how many pictures; None for all, or for `extractor.samples` of a run
+    count: number of pictures; None takes all, and `extractor.samples` of a run
     run, tokenizer: the "vae" or "vq" of this run reconstructs the pictures first
+    Returns a dict. SystemExit if there are too few pictures for a covariance.
     """
     if one.kind == "statistics":
-        missing = np.array("not recorded")
-        name = one.arrays.get("extractor", missing).item()
-        if name not in (extractor.about["name"], "not recorded"):
-            raise SystemExit(f"{one.what} has features of {name}, not of {extractor.about['name']}")
-        note = dict(source=one.what, kind=one.kind, count=one.arrays.get("n", missing).item(),
-                    extractor=name)
-        return np.float64(one.arrays["mu"]), np.float64(one.arrays["sigma"]), note
+        return load_statistics(one.what, extractor)
     start = time.time()
     if one.run:
         count = count or extractor.samples
-    n, read, note = pictures_of(one, count, run.size if run else extractor.size, args)
+    n, read, note = one.open(count, run.size if run else extractor.size, args)
     if run:
         note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
-    outputs = []
+    features = [np.zeros((0, extractor.width), np.float32)]
+    logits = []
     skipped = []
-    for numbers in tqdm(torch.arange(n).split(args.batch_size), note["source"], leave=False):
-        found = read(numbers.tolist())
-        good = [picture for picture in found if not isinstance(picture, str)]
+    for first in tqdm(range(0, n, args.batch_size), note["source"], unit="batch", leave=False):
+        found = read(range(n)[first:first + args.batch_size])
         skipped += [picture for picture in found if isinstance(picture, str)]
+        good = [picture for picture in found if not isinstance(picture, str)]
         if good:
+            pictures = torch.tensor(np.stack(good))                  # (B, 3, H, W)
             if run:
-                good = reconstruct(good, run, tokenizer).cpu().numpy()
-            outputs.append(extractor(crop(good, extractor.size).to(args.device)))
-    if skipped:
-        print(f"{one.what}: skipped {len(skipped)} unreadable pictures:", *skipped, sep="\n  ")
-    n -= len(skipped)
-    if n <= (1 if args.force else extractor.width):
-        raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of "
-                         f"{extractor.width} features; take more than that, or --force it")
-    features, logits = (torch.cat(a).double().cpu().numpy() for a in zip(*outputs))
-    if n >= 10:
-        note[extractor.score] = inception_score(logits)
+                pictures = reconstruct(pictures, run, tokenizer)
+            pictures = crop(pictures, extractor.size).to(args.device)
+            some_features, some_logits = extractor(pictures)         # (B, d), (B, K)
+            features.append(some_features.cpu().numpy())
+            logits.append(some_logits.cpu().numpy())
+
+    features = np.concatenate(features).astype(np.float64)           # (n, d)
+    n, d = features.shape
+    if n <= (1 if args.force else d):
+        raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} "
+                         f"features; take more than {d}, or --force it")
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
-    return features.mean(0), np.cov(features, rowvar=False), note
+    if n >= 10:
+        note[extractor.score] = inception_score(np.concatenate(logits))
+    return dict(mu=features.mean(0), sigma=np.cov(features, rowvar=False), n=n, note=note)
 
 
-def compare(a, b, extractor):
-    """Print and return the note of `a` with its distance to `b`, both as `measure` gives them."""
-    mu, sigma, note = a
-    line = f"{note['source']} ({note['count']})"
-    if b:
-        to = f"{b[2]['source']} ({b[2]['count']})"
-        with tokenizers.reading(note["source"], f"set to compare with {to}"):
-            distance = frechet_distance(mu, sigma, b[0], b[1])
-        note = dict(to=to, frechet_distance=distance) | note
-        line += f": {extractor.metric} to {to}: {distance:.4g}"
-    if extractor.score in note:
-        s = note[extractor.score]
-        line += f"; {extractor.score.replace('_', ' ')} {s['mean']:.4g} +- {s['deviation']:.2g}"
-    print(line)
-    return note
+def compare(a, b):
+    """The note of `a` with its distance to `b`. SystemExit if they hold different features."""
+    try:
+        distance = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    except ValueError as error:
+        names = f"{a['note']['source']} and {b['note']['source']}"
+        raise SystemExit(f"{names} cannot be compared: {error}") from None
+    to = f"{b['note']['source']} ({b['n']})"
+    return dict(to=to, frechet_distance=distance) | a["note"]
+
+
+def print_result(result, metric, score):
+    """One line on the screen: the set, its distance and its score."""
+    found = []
+    if "to" in result:
+        found.append(f"{metric} to {result['to']}: {result['frechet_distance']:.4g}")
+    if score in result:
+        name = score.replace("_", " ")
+        found.append(f"{name} {result[score]['mean']:.4g} +- {result[score]['deviation']:.2g}")
+    print(f"{result['source']} ({result['count']}): {'; '.join(found)}")
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    count = dict(type=train.within(1, kind=int))
+    count = dict(type=train.within(1, kind=int), metavar="N")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    add("pictures", metavar="A", help="a run or its checkpoint, a folder of pictures, a data set, "
-        "or an npz file with pictures (arr_0) or with mu and sigma")
-    add("reference", metavar="B", nargs="?",
-        help="the same; a data set gives its held-out pictures (None: that of the run A)")
-    add("--rfd", action="store_true", help="also B's pictures reconstructed by A's tokenizers")
-    add("--features", default="classifier", help="inception (FID's, fetched once), classifier "
-        "(RUNS/DATA/classifier.pt, trained if missing) or a file of either")
-    add("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"],
-        help="resizing of Inception's input")
-    add("--size", **count, help="side of the pictures for Inception (None: the run's)")
-    add("--count", **count, help="of A (None: all; of a run 2000, with Inception 50000)")
-    add("--seed", type=train.within(0, 2 ** 32 - 1, int), default=0, help="of a run's samples")
-    add("--batch-size", **count, default=80, help="pictures at once")
-    add("--force", action="store_true", help="accept fewer pictures than features")
-    add("--save-stats", help="write mu, sigma, n, extractor of A")
-    add("--json", help="write the report there (None: print it)")
-    add("--device", default=devices[-1], choices=devices, help="where to compute")
+    p.add_argument("pictures", metavar="A", help="a run, a folder of pictures, an npz file with "
+                   "pictures (arr_0) or with mu and sigma, or a data set")
+    p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its "
+                   "held-out pictures (None: the data set of the run A)")
+    p.add_argument("--rfd", action="store_true", help="also B's pictures through the run's vae, vq")
+    p.add_argument("--features", default="classifier", metavar="WHICH",
+                   help="inception, classifier or a file of either")
+    p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"],
+                   help="how Inception's input is resized")
+    p.add_argument("--size", **count, help="side of the pictures for Inception (None: the run's)")
+    p.add_argument("--count", **count,
+                   help="pictures of A (None: all; of a run 2000, with Inception 50000)")
+    p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), default=0, metavar="N",
+                   help="of the samples of a run")
+    p.add_argument("--batch-size", **count, default=80, help="pictures at once")
+    p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
+    p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
+    p.add_argument("--json", metavar="FILE", help="write the report there (None: print it)")
+    p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     return p.parse_args(argv)
 
 
-@train.process_group()
+def write_report(measured, reference, extractor, args, start):
+    """Compare what was measured with the reference, if any, and write all files of the command."""
+    results = [compare(one, reference) if reference else one["note"] for one in measured]
+    about_b = reference["note"] if reference else None
+    for note in [about_b or {}, *results]:
+        if note.get("skipped"):
+            print(f"{note['source']}: skipped {len(note['skipped'])} unreadable pictures:",
+                  *note["skipped"], sep="\n  ")
+    for result in results:
+        print_result(result, extractor.metric, extractor.score)
+    if args.save_stats:
+        a = measured[0]
+        stats = dict(mu=a["mu"], sigma=a["sigma"], n=a["n"], extractor=extractor.name)
+        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
+    report = dict(metric=extractor.metric, extractor=extractor.about, reference=about_b,
+                  results=results, device=args.device, seconds=round(time.time() - start, 1),
+                  date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    if args.json:
+        tokenizers.write_json(args.json, report)
+    else:
+        print(json.dumps(report, indent=1))
+
+
 def main(argv=None):
     start = time.time()
     args = parse(argv)
-    for path in map(Path, filter(None, (args.json, args.save_stats))):
-        with tokenizers.reading(path, "file that can be written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
+    train.exit_on_signal()
+    for file in (args.json, args.save_stats):
+        if file and Path(file).is_dir():
+            raise SystemExit(f"{file} is a folder; name a file")
+        if file and file in (args.pictures, args.reference):
+            raise SystemExit(f"{file} is what is to be measured; name another file to write")
     # features are fp32 on every device
     torch.backends.cudnn.allow_tf32 = False
     a = PictureSet(args.pictures, args.device)
     name = args.reference or (a.run and a.data)
     b = PictureSet(name, args.device) if name else None
-    if args.rfd and (not a.run or b.kind == "statistics"):
-        raise SystemExit(f"--rfd needs a run as A and pictures as B; A is {a.what}, B {name}")
-    extractor = open_extractor(args, b if b and b.data and not a.run else a)
-    reference = measure(b, extractor, args) if b else None
-    measured = [measure(a, extractor, args, args.count)]
+    if args.rfd and (not a.run or not b or b.kind == "statistics"):
+        raise SystemExit("--rfd needs a run as A, whose tokenizers reconstruct the pictures of B; "
+                         f"A is {args.pictures}, B {name}")
+    extractor = open_extractor(args, a, b)
+    reference = measure(b, None, extractor, args) if b else None
+    measured = [measure(a, args.count, extractor, args)]
     if args.rfd:
-        measured += [measure(b, extractor, args, None, a.run, kind) for kind in ("vae", "vq")]
-    results = [compare(one, reference, extractor) for one in measured]
-    if args.save_stats:
-        mu, sigma, note = measured[0]
-        stats = dict(mu=mu, sigma=sigma, n=note["count"], extractor=extractor.about["name"])
-        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
-    report = dict(metric=extractor.metric, extractor=extractor.about, results=results,
-                  reference=reference[2] if reference else None, device=args.device,
-                  seconds=round(time.time() - start, 1), date=time.strftime("%Y-%m-%d %H:%M:%S"))
-    if args.json:
-        tokenizers.write_json(args.json, report)
-    else:
-        print(json.dumps(report, indent=1))
+        measured.append(measure(b, None, extractor, args, a.run, "vae"))
+        measured.append(measure(b, None, extractor, args, a.run, "vq"))
+    write_report(measured, reference, extractor, args, start)
 
 
 if __name__ == "__main__":

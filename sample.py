@@ -207,12 +207,16 @@ class System:
         self.amp = amp
         model, checkpoint = backbone.load_model(self.path, "mixar")
         self.model = model.to(self.device)
-        self.step = checkpoint["step"]
-        self.meta = checkpoint["meta"] or describe_official(model)
-        self.settings = self.meta["sampling"]
-        self.shared = self.path.parent / self.meta["shared"]
-        self.mean = torch.tensor(self.meta["latent_mean"], device=self.device)
-        self.std = torch.tensor(self.meta["latent_std"], device=self.device)
+        with tokenizers.reading(self.path, "checkpoint of a run"):
+            self.step = checkpoint["step"]
+            self.meta = checkpoint["meta"]
+            if self.meta is None:
+                self.meta = describe_official(model)
+            self.settings = self.meta["sampling"]
+            self.shared = self.path.parent / self.meta["shared"]
+            self.files = dict(self.meta["files"])
+            self.mean = torch.tensor(self.meta["latent_mean"], device=self.device)
+            self.std = torch.tensor(self.meta["latent_std"], device=self.device)
         self.prior_seconds = 0.0
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
@@ -231,7 +235,7 @@ class System:
 
     def load_part(self, kind, given):
         """The vae, vq or prior: the given file, else the one that the run names, else None."""
-        file, expected = self.meta["files"].get(kind, (None, None))
+        file, expected = self.files.get(kind, (None, None))
         source = given or (file and self.path.parent / file)
         if not source:
             return None
@@ -520,6 +524,8 @@ def open_run(args):
         ar_steps=args.ar_steps, diffusion_steps=args.diffusion_steps, cfg=args.cfg,
         temperature=args.temperature, prior_steps=args.prior_steps, prior_cfg=args.prior_cfg)
     system.settings |= {name: value for name, value in given.items() if value is not None}
+    if args.truth and args.classes != "all":
+        raise SystemExit("--truth takes the classes of the held-out pictures; leave out --classes")
     discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
     if discrete and not system.vq:
         raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
@@ -537,6 +543,9 @@ def open_held_out(system, count):
     source = tokenizers.open_source(data, "test", system.size, count)
     if len(source.labels) < count or not source.held_out:
         raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures")
+    if source.classes != system.meta["classes"]:
+        raise SystemExit(f"--truth: the held-out pictures of {data} have other classes "
+                         "than the run")
     return source
 
 

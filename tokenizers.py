@@ -369,7 +369,8 @@ class Folder:
         for label, folder in enumerate(folders):
             found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.endings)
             if not found:
-                raise SystemExit(f"{folder}: no pictures in this folder; fill it or remove it")
+                endings = " ".join(sorted(self.endings))
+                raise SystemExit(f"{folder}: no pictures in this folder (it takes {endings})")
             files += found
             labels += [label] * len(found)
         self.names = "\n".join(map(str, files))
@@ -575,12 +576,20 @@ def check_same(path, was, now):
                          "folder, or remove it")
 
 
+def make_folder(folder):
+    """Make the folder and those above it. SystemExit where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be a folder: {error}") from None
+
+
 def write_whole(path, write):
     """Write a file by write(file), whole or not at all. SystemExit where it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -641,7 +650,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     meta = read_json(folder / "meta.json")
     n = len(source.labels)
     if not meta:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # The row of a black picture tells the types and shapes.
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
         row = encode(black, vae, vq, device, source.mirror) | dict(status=np.zeros(1, np.uint8))

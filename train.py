@@ -327,22 +327,24 @@ class State:
         self.model.checkpoint_activations = args.checkpoint_activations      # only MAR has it
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[kind])
-        if self.path.is_file():
-            saved = self.load(self.path, kind)
-            tokenizers.check_same(self.path, saved["settings"], settings)
-            self.step = saved["step"]
-            self.before = saved["ema_start"]
-        elif init:
-            saved = self.load(init, kind)
-            self.before = saved["ema_start"] + saved["step"]
+        source = self.path if self.path.is_file() else init
+        if source:
+            saved = backbone.load_checkpoint(source, kind)
+            with tokenizers.reading(source, f"{kind} checkpoint that fits this run"):
+                if source == self.path:
+                    tokenizers.check_same(source, saved["settings"], settings)
+                self.load(saved)
 
-    def load(self, path, kind):
-        saved = backbone.load_checkpoint(path, kind)
-        with tokenizers.reading(path, f"{kind} checkpoint that fits this run"):
-            self.model.load_state_dict(saved["model"])
-            self.ema.load_state_dict(saved["ema"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        return saved
+    def load(self, saved):
+        """Go on from this checkpoint of the same run, or of the one before (--init)."""
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.before = saved["ema_start"]
+        if self.path.is_file():
+            self.step = saved["step"]
+        else:
+            self.before += saved["step"]
 
     def set_rate(self, recipe, step):
         lr = learning_rate(recipe, step)
@@ -362,7 +364,7 @@ class Log:
     """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
 
     def __init__(self, folder, kind, step, steps, B, args):
-        folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.make_folder(folder)
         path = folder / "log.csv"
         lines = path.read_text().splitlines() if path.is_file() else []
         # neither the header nor a torn row
@@ -376,7 +378,10 @@ class Log:
         self.B = B
         self.board = None
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter                # an optional package
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SystemExit("--tensorboard needs: pip install tensorboard") from None
             self.board = SummaryWriter(folder)
 
     def write(self, step, loss, lr, norm):
@@ -446,9 +451,9 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
             update_ema(state.ema, state.model, total_step)
-        elif failed == 5:
-            raise SystemExit(f"{kind}: the loss was not finite in 5 steps running, at step "
-                             f"{state.step}; lower --lr and start again from {state.path}")
+        elif failed == 5 or state.step == steps - 1:
+            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps running, at step "
+                             f"{state.step}; lower --lr. {folder} keeps what was saved before")
         state.step += 1
         last = state.step == steps
         picture = preview and args.sample_every and state.step % args.sample_every == 0
@@ -533,7 +538,8 @@ def done(folder, kind, steps):
     if not (folder / "last.pt").is_file():
         return False
     saved = backbone.load_checkpoint(folder, kind)
-    return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
+    with tokenizers.reading(folder / "last.pt", f"{kind} checkpoint"):
+        return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
 
 
 def train_stages(args):

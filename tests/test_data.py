@@ -150,7 +150,7 @@ def test_two_programs_filling_one_cache_are_noticed(tmp_path):
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: no pictures in this folder; fill it or remove it"):
+    with pytest.raises(SystemExit, match="empty: no pictures in this folder .it takes .bmp .gif"):
         open_folder(folder)
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere")
@@ -377,7 +377,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
         raise RuntimeError("no space left")
 
     (tmp_path / "file").write_bytes(b"whole")
-    with pytest.raises(SystemExit, match="file/note.json cannot be written: .*'.*file"):
+    with pytest.raises(SystemExit, match="file cannot be a folder: .*exists"):
         tokenizers.write_json(tmp_path / "file" / "note.json", {})
     with pytest.raises(SystemExit, match="last.pt cannot be written: no space left"):
         tokenizers.write_whole(tmp_path / "last.pt", full_disk)

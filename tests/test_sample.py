@@ -393,3 +393,22 @@ def test_truncated_hostile_foreign_and_missing_checkpoints_are_one_line(runs, tm
     refused(tmp_path / "none.pt", "no such file; expected a mixar checkpoint")
     vae = runs / "shapes" / "vae" / "last.pt"
     refused(vae, "not a mixar checkpoint: it is a vae checkpoint")
+
+
+@pytest.mark.parametrize("field", ["sampling", "shared", "latent_mean", "files"])
+def test_a_run_that_lacks_what_sampling_needs_is_one_line(runs, tmp_path, field):
+    saved = torch.load(runs / "shapes-dcmix" / "last.pt", weights_only=True)
+    del saved["meta"][field]
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match=f"last.pt: not a checkpoint of a run: missing '{field}'"):
+        sample.System(tmp_path)
+
+
+def test_truth_has_the_classes_of_the_held_out_pictures(runs, tmp_path, monkeypatch):
+    """They are not those of --classes. Other classes than the run's would be drawn as the run's."""
+    flags = sampling(runs / "shapes-dcmix", tmp_path / "t.png", "--truth", "--count", 4)
+    with pytest.raises(SystemExit, match="leave out --classes"):
+        sample.main([*flags, "--classes", "star"])
+    monkeypatch.setattr(tokenizers.Shapes, "classes", ["dog"])
+    with pytest.raises(SystemExit, match="have other classes than the run"):
+        sample.main(flags)

@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -817,7 +818,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
         return value * float("nan") if len(calls) in bad else value
 
     monkeypatch.setattr(train, "mixar_loss", mixar_loss)
-    with pytest.raises(SystemExit, match="not finite.*start again from .*last.pt"):
+    with pytest.raises(SystemExit, match="not finite in 5 steps.*lower --lr"):
         train.main(mixar(runs, run, "--steps", 30))
     assert len(calls) == 5
     assert same_weights(before, weights(run))
@@ -828,3 +829,36 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
     after = weights(run)
     assert all(torch.isfinite(value).all() for value in after.values())
     assert weights(run, "step") == 6 and not same_weights(before, after)
+
+    # a last step of that kind leaves nothing to go on to
+    bad = [len(calls) + 2]
+    with pytest.raises(SystemExit, match="not finite in 1 steps running, at step 7"):
+        train.main(mixar(runs, run, "--steps", 8))
+
+
+# what a user's disk holds
+
+@pytest.mark.parametrize("flag", ["--runs", "--out"])
+def test_a_file_cannot_be_a_folder_of_runs(runs, tmp_path, flag):
+    (tmp_path / "file").touch()
+    flags = mixar(runs, tmp_path / "run", "--steps", 1)
+    with pytest.raises(SystemExit, match="file.* cannot be a folder") as error:
+        train.main([*flags, flag, str(tmp_path / "file")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["settings", "ema_start", "optimizer", "step"])
+def test_a_checkpoint_without_a_field_is_one_line(runs, tmp_path, field):
+    """A resume names the file and the field that it lacks."""
+    run = copy_run(runs, tmp_path / "run")
+    saved = torch.load(run / "last.pt", weights_only=True)
+    del saved[field]
+    torch.save(saved, run / "last.pt")
+    with pytest.raises(SystemExit, match=f"last.pt: not a mixar checkpoint .*missing '{field}'"):
+        train.main(mixar(runs, run, "--steps", 3))
+
+
+def test_tensorboard_that_is_not_there_is_one_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="pip install tensorboard"):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 1, "--tensorboard"))
