@@ -13,6 +13,7 @@ B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True
 """
 import argparse
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.functional import dropout, layer_norm, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+import dataset
 import mixing
 import tokenizers
 from diffusion_head import DiffusionHead, linear
@@ -445,15 +447,18 @@ def load_checkpoint(path, kind):
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
-    with tokenizers.reading(path, f"{kind} checkpoint"):
+    with dataset.reading(path, f"{kind} checkpoint"):
         # MAR's files also hold their flags
         with torch.serialization.safe_globals([argparse.Namespace]):
             mmap = zipfile.is_zipfile(path)
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except pickle.UnpicklingError:
-                raise ValueError("it holds objects that could run code when loaded; "
-                                 "save its state dict alone") from None
+            except pickle.UnpicklingError as error:
+                found = re.search(r"GLOBAL (\S+)", str(error))
+                name = f"a {found[1]}" if found else "objects"
+                raise ValueError(f"it holds {name}, which could run code when loaded; if you trust "
+                                 "it, load it with weights_only=False and save its state_dict "
+                                 "alone") from None
         found = saved.get("kind", kind)
         if found != kind:
             raise ValueError(f"it is a {found} checkpoint")
@@ -469,7 +474,7 @@ def load_model(path, kind, weights="ema"):
     SystemExit with one line where it cannot be loaded.
     """
     saved = load_checkpoint(path, kind)
-    with tokenizers.reading(path, f"{kind} checkpoint"):
+    with dataset.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
             state = saved["ema"] if weights == "ema" else saved["model"]
             return tokenizers.build(KINDS[kind], saved["config"], state), saved

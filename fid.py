@@ -28,8 +28,8 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, max_pool
 from tqdm import tqdm
 
 import backbone
+import dataset
 import sample
-import tokenizers
 import train
 
 # The weights of FID. HASH is the start of the file's sha256.   [pytorch-fid]
@@ -306,11 +306,11 @@ def train_classifier(path, data, size, device, steps=700, B=128):
 
     The same pictures give the same classifier. The last tenth is held out for the accuracy.
     """
-    source = tokenizers.open_source(data, "train", size, None if data == "shapes" else 60000)
+    source = dataset.open_source(data, "train", size, None if data == "shapes" else 60000)
     if len(source.classes) == 1:
         raise SystemExit(f"{data} has one class, which no classifier can tell from others; "
                          "choose other --features")
-    pictures, labels = tokenizers.read_all(source)
+    pictures, labels = dataset.read_all(source)
     x = torch.tensor(pictures)                                       # (n, 3, size, size)
     y = torch.tensor(labels)                                         # (n,)
     torch.manual_seed(0)
@@ -338,7 +338,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
                 held_out_accuracy=right.double().mean().item())
     config = dict(classes=len(source.classes), size=size)
     saved = dict(kind="classifier", config=config, model=model.state_dict(), meta=meta)
-    tokenizers.write_whole(path, lambda file: torch.save(saved, file))
+    dataset.write_whole(path, lambda file: torch.save(saved, file))
 
 
 def released_weights():
@@ -380,7 +380,7 @@ def load_extractor(path, args, size):
         about = {}
         release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
         model.name = f"Inception-v3 {release}, resize of {args.resize}"
-    with tokenizers.reading(path, "feature network"):
+    with dataset.reading(path, "feature network"):
         model.load_state_dict(weights)
     model.metric = "FID" if released else f"Frechet distance ({model.name}, not FID)"
     model.about = dict(name=model.name, file=str(path), sha256=sha256)
@@ -422,7 +422,7 @@ def open_extractor(args, a, b):
 
 def read_npz(path, *names):
     """The arrays of those names in an npz file, as far as it holds them, in a dict."""
-    with tokenizers.reading(path, "readable npz file"), np.load(path) as file:
+    with dataset.reading(path, "readable npz file"), np.load(path) as file:
         return {name: file[name] for name in names if name in file}
 
 
@@ -481,7 +481,7 @@ class PictureSet:
                 raise SystemExit(f"{self.what}: {expected}")
             pictures = pictures[:count].transpose(0, 3, 1, 2)
             return len(pictures), lambda numbers: pictures[numbers], note
-        source = tokenizers.open_source(self.what, "test", size, count)
+        source = dataset.open_source(self.what, "test", size, count)
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
         return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
 
@@ -491,7 +491,7 @@ def crop(pictures, size):
     if pictures.shape[2:] == (size, size):
         return pictures
     images = [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
-    cropped = [np.asarray(tokenizers.center_crop(image, size)) for image in images]
+    cropped = [np.asarray(dataset.center_crop(image, size)) for image in images]
     return torch.tensor(np.stack(cropped)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -625,12 +625,12 @@ def write_report(measured, reference, extractor, args, start):
     if args.save_stats:
         a = measured[0]
         stats = dict(mu=a["mu"], sigma=a["sigma"], n=a["n"], extractor=extractor.name)
-        tokenizers.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
+        dataset.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
     report = dict(metric=extractor.metric, extractor=extractor.about, reference=about_b,
                   results=results, device=args.device, seconds=round(time.time() - start, 1),
                   date=time.strftime("%Y-%m-%d %H:%M:%S"))
     if args.json:
-        tokenizers.write_json(args.json, report)
+        dataset.write_json(args.json, report)
     else:
         print(json.dumps(report, indent=1))
 

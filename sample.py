@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import backbone
+import dataset
 import mixing
 import tokenizers
 import train
@@ -156,29 +158,41 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
 
 def to_bytes(x):
     """Pictures in [-1, 1] to uint8, rounded.   [MAR]"""
+    check_finite(x)
     return ((x + 1) * 127.5).clamp(0, 255).round().byte()
 
 
 def truncate(x):
     """Pictures in [0, 1] to uint8, cut off.   [MaskBit]"""
+    check_finite(x)
     return (x.clamp(0, 1) * 255).byte()
+
+
+def check_finite(x):
+    """SystemExit if pictures hold NaN or inf, which would become black."""
+    if not x.isfinite().all():
+        raise SystemExit("the pictures hold values that are not finite; try a lower --cfg or "
+                         "--temperature, or --amp fp32")
 
 
 def describe_run(args, shared, run, tokens, prior):
     """What a checkpoint of train.py says beside the model: all that `System` needs."""
     def place(kind, given):
         """The full path of a user's file, or the relative path from the run to one of ours."""
-        return os.path.abspath(given) if given else os.path.relpath(shared / kind, run)
+        return os.path.realpath(given) if given else relative(shared / kind)
+
+    def relative(path):
+        # `..` leads out of where a link points to
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(run))
 
     made_from = tokens.made_from
-    prior_print = tokenizers.fingerprint(prior) if args.prior else None
     return dict(
         data=made_from["data"], classes=tokens.classes, tokens=made_from,
         latent_mean=tokens.mean.tolist(), latent_std=tokens.std.tolist(),
-        sampling=SAMPLING[args.preset], shared=os.path.relpath(shared, run),
+        sampling=SAMPLING[args.preset], shared=relative(shared),
         files=dict(vae=(place("vae", args.vae), made_from["vae"]),
                    vq=(place("vq", args.vq), made_from["vq"]),
-                   prior=(place("prior", args.prior), prior_print)))
+                   prior=(place("prior", args.prior), dataset.fingerprint(prior))))
 
 
 def describe_official(model):
@@ -207,7 +221,7 @@ class System:
         self.amp = amp
         model, checkpoint = backbone.load_model(self.path, "mixar")
         self.model = model.to(self.device)
-        with tokenizers.reading(self.path, "checkpoint of a run"):
+        with dataset.reading(self.path, "checkpoint of a run"):
             self.step = checkpoint["step"]
             self.meta = checkpoint["meta"]
             if self.meta is None:
@@ -215,8 +229,9 @@ class System:
             self.settings = self.meta["sampling"]
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
-            self.mean = torch.tensor(self.meta["latent_mean"], device=self.device)
-            self.std = torch.tensor(self.meta["latent_std"], device=self.device)
+            mean, std = dataset.latent_statistics(self.meta["latent_mean"], self.meta["latent_std"])
+            self.mean = mean.to(self.device)
+            self.std = std.to(self.device)
         self.prior_seconds = 0.0
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
@@ -240,7 +255,7 @@ class System:
         if not source:
             return None
         part, _ = backbone.load_model(source, kind)
-        found = tokenizers.fingerprint(part)
+        found = dataset.fingerprint(part)
         may_differ = expected is None or (kind == "prior" and given)
         if found != expected and not may_differ:
             raise SystemExit(f"{source}: {self.path} was trained with the {kind} {expected}, "
@@ -333,7 +348,7 @@ def tile(images, columns):
 
 
 def save_png(image, path):
-    tokenizers.write_whole(path, lambda file: image.save(file, "png"))
+    dataset.write_whole(path, lambda file: image.save(file, "png"))
 
 
 def double(image):
@@ -402,7 +417,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
         mixed = torch.where(masked, discrete, continuous)
         frames.append(double(tile(mixed, columns)))
     times = [300] * (len(frames) - 1) + [2000]                               # milliseconds
-    tokenizers.write_whole(path, lambda file: frames[0].save(
+    dataset.write_whole(path, lambda file: frames[0].save(
         file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0))
 
 
@@ -415,8 +430,30 @@ def wanted_classes(text, classes):
     wanted = [name.strip() for name in text.split(",")]
     for name in wanted:
         if name not in numbers:
-            raise SystemExit(f"--classes {name}: unknown class; the run has {', '.join(classes)}")
+            raise SystemExit(f"--classes {name}: unknown class; the run has {', '.join(classes)}. "
+                             "A name with a comma is given by its number, counted from 0")
     return [numbers[name] for name in wanted]
+
+
+def begin_folder(folder, system, args):
+    """Note in `folder` how its pictures are made. SystemExit if it holds other files or settings.
+    """
+    note = folder / "settings.json"
+    passing = ("out", "count", "batch_size", "device", "amp")
+    settings = {name: value for name, value in vars(args).items() if name not in passing}
+    settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
+    there = dataset.read_json(note)
+    files = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    if files and not there:
+        raise SystemExit(f"{folder} holds files that are not from here, such as {files[0]}; "
+                         "choose another --out")
+    if there not in ({}, settings):
+        raise SystemExit(f"{folder} holds samples of other settings (see {note}); "
+                         "remove it or choose another --out")
+    dataset.write_json(note, settings)
+    more = sum(name.endswith(".png") for name in files) - args.count
+    if more > 0:
+        print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
 
 
 def sample_folder(system, folder, labels, args, held_out=None):
@@ -426,20 +463,13 @@ def sample_folder(system, folder, labels, args, held_out=None):
     SystemExit if the folder holds samples of other settings.
     """
     rank, ranks = train.world()
-    note = folder / "settings.json"
-    passing = ("out", "count", "batch_size", "device", "amp")
-    settings = {name: value for name, value in vars(args).items() if name not in passing}
-    settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
     if rank == 0:
-        if tokenizers.read_json(note) not in ({}, settings):
-            raise SystemExit(f"{folder} holds samples of other settings (see {note}); "
-                             "remove it or choose another --out")
-        tokenizers.write_json(note, settings)
+        begin_folder(folder, system, args)
     train.barrier()
     missing = [i for i in range(rank, len(labels), ranks) if not png(folder, i).is_file()]
     seconds = 0.0
     starts = range(0, len(missing), args.batch_size)
-    for k in tqdm(starts, "samples", unit="batch", disable=rank > 0):
+    for k in tqdm(starts, "samples", unit="batch", disable=rank > 0 or not missing):
         indices = missing[k:k + args.batch_size]
         start = time.time()
         x_d = truth(system, held_out, indices)
@@ -465,16 +495,21 @@ def png(folder, i):
 def pack(folder, count, out, columns):
     """Move the pictures 0 .. count - 1 of `folder` into a grid, or an npz: arr_0 uint8 NHWC."""
     files = [png(folder, i) for i in range(count)]
-    pictures = np.stack([np.asarray(Image.open(file)) for file in files])
+    pictures = []
+    for file in files:
+        with dataset.reading(file, "picture; remove it to make it again"):
+            pictures.append(np.asarray(Image.open(file)))
+    pictures = np.stack(pictures)
     if out.suffix == ".npz":
-        tokenizers.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
+        dataset.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
     else:
         save_png(tile(torch.tensor(pictures).permute(0, 3, 1, 2), columns), out)
     for file in files:
         file.unlink()
     # more of an earlier command may be there
-    if [path.name for path in folder.iterdir()] == ["settings.json"]:
+    if {path.name for path in folder.iterdir()} == {"settings.json", ".lock"}:
         (folder / "settings.json").unlink()
+        (folder / ".lock").unlink()
         folder.rmdir()
 
 
@@ -493,7 +528,8 @@ def parse(argv=None):
     scale = dict(type=train.within(0), metavar="X")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
-    p.add_argument("--out", help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
+    p.add_argument("--out", type=train.nonempty,
+                   help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3")
     p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), metavar="N", default=0,
@@ -540,7 +576,7 @@ def open_run(args):
 def open_held_out(system, count):
     """The held-out pictures behind --truth. SystemExit if there are fewer than `count`."""
     data = system.meta["data"]
-    source = tokenizers.open_source(data, "test", system.size, count)
+    source = dataset.open_source(data, "test", system.size, count)
     if len(source.labels) < count or not source.held_out:
         raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures")
     if source.classes != system.meta["classes"]:
@@ -553,36 +589,49 @@ def truth(system, held_out, indices):
     """The X_d of these held-out pictures, or None without --truth."""
     if held_out is None:
         return None
-    pictures = np.stack([held_out.read(i) for i in indices])
-    return system.encode_discrete(pictures)
+    pictures = [held_out.read(i) for i in indices]
+    for picture in pictures:
+        if isinstance(picture, str):
+            raise SystemExit(f"--truth needs every held-out picture, but one is damaged: {picture}")
+    return system.encode_discrete(np.stack(pictures))
+
+
+def write_out(system, out, labels, columns, args):
+    """Sample the pictures and write them to `out`, by all processes."""
+    held_out = open_held_out(system, args.count) if args.truth else None
+    if held_out:
+        labels = held_out.labels
+    rank, _ = train.world()
+    if out.suffix == ".gif":
+        if rank == 0:
+            y = torch.tensor(labels, device=system.device)
+            x_d = truth(system, held_out, range(args.count))
+            save_gif(out, system, y, args.seed, columns, x_d)
+        return
+    folder = out.with_name(f"{out.name}.parts") if out.suffix else out
+    with dataset.locked(folder) if rank == 0 else nullcontext():
+        sample_folder(system, folder, labels, args, held_out)
+        if rank == 0 and out.suffix:
+            pack(folder, args.count, out, columns)
 
 
 def main(argv=None):
     args = parse(argv)
-    with train.process_group():
+    with train.one_end(), train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
+        if out.suffix not in ("", ".png", ".npz", ".gif"):
+            raise SystemExit(f"--out {out}: a name ends with .png, .npz or .gif, and that of a "
+                             "folder has no ending")
+        if out.suffix and out.is_dir():
+            raise SystemExit(f"--out {out} is a folder; choose another name")
         chosen = wanted_classes(args.classes, system.meta["classes"])
         # a column per class, where there are several
         columns = len(chosen) if len(chosen) > 1 else 10
         columns = min(columns, 10, args.count)
         labels = np.resize(chosen, args.count)                               # in turn
-        held_out = open_held_out(system, args.count) if args.truth else None
-        if held_out:
-            labels = held_out.labels
-        one_file = out.suffix in (".png", ".npz")
-        folder = out.with_name(f"{out.name}.parts") if one_file else out
-        if out.suffix != ".gif":
-            sample_folder(system, folder, labels, args, held_out)
-        if train.world()[0] > 0:
-            return
-        if out.suffix == ".gif":
-            y = torch.tensor(labels, device=system.device)
-            x_d = truth(system, held_out, range(args.count))
-            save_gif(out, system, y, args.seed, columns, x_d)
-        elif one_file:
-            pack(folder, args.count, out, columns)
-        print(out)
+        write_out(system, out, labels, columns, args)
+        train.say(out)
 
 
 if __name__ == "__main__":

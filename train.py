@@ -18,7 +18,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import backbone
+import dataset
 import mixing
 import tokenizers
 from diffusion_head import T
@@ -160,6 +161,12 @@ def world():
     return 0, 1
 
 
+def say(text):
+    """Print a line, once for all processes."""
+    if world()[0] == 0:
+        print(text)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -185,7 +192,8 @@ def exit_on_signal(received=()):
     received: signals that came earlier; the first of them ends it now
     """
     def stop(number, frame):
-        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        if world()[0] == 0:
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in SIGNALS:
@@ -206,9 +214,21 @@ def remember_signals():
 
 
 @contextmanager
+def one_end():
+    """Around a main: a signal ends it, and what the system refuses (a full disk) is one line."""
+    exit_on_signal()
+    # file names may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"cannot go on: {error}; mend that, or choose other folders") from None
+
+
+@contextmanager
 def process_group():
     """Inside, the processes that torchrun started are one group."""
-    exit_on_signal()
     if "LOCAL_RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may draw pictures for hours while the others wait
@@ -307,17 +327,47 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
     average(list(ema.parameters()), list(model.parameters()), n)
 
 
+def read_stage(args, kind, folder, fixed):
+    """What folder/last.pt holds of a stage, and in which settings it was begun: (saved, text).
+
+    fixed: settings that a stage keeps once it is begun
+    Returns (None, "") if there is no such file. SystemExit if a setting of `fixed` differs, or if
+    a finished tokenizer or prior would have to be trained on: others were made with it.
+    """
+    path = folder / "last.pt"
+    if not path.is_file():
+        return None, ""
+    recipe = args.recipe[kind]
+    saved = backbone.load_checkpoint(path, kind)
+    with dataset.reading(path, f"{kind} checkpoint that fits this run"):
+        step = int(saved["step"])
+        was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
+        begun_with = dict(saved["settings"])
+        fixed = dict(fixed)
+        now = dict(recipe, amp=args.amp)
+        if step >= was["steps"] and kind != "mixar":
+            # a finished stage is used as it is
+            was["seed"] = begun_with.pop("seed")
+            now["seed"] = fixed.pop("seed")
+            begun_with.pop("batch")
+        dataset.check_same(path, begun_with, fixed)
+    if was["steps"] <= step < recipe["steps"] and kind != "mixar":
+        raise SystemExit(f"{path} is finished after {step} steps, not {recipe['steps']}, and is "
+                         f"not trained on: choose another --runs, or --{kind}-steps {step}")
+    changes = ", ".join(dataset.differences(was, now))
+    return saved, f" (begun with {changes})" if changes else ""
+
+
 class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
     before: the steps of the run that this one was started from with --init, "ema_start" in files
     """
 
-    def __init__(self, args, kind, folder, config, meta, init):
+    def __init__(self, args, kind, folder, config, about):
         self.path = folder / "last.pt"
-        settings = dict(config=config, seed=args.seed, batch=args.recipe[kind]["batch"],
-                        tokens=meta.get("tokens"))
-        self.about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
+        self.kind = kind
+        self.about = about
         self.step = 0
         self.before = 0
         torch.manual_seed(args.seed)
@@ -327,24 +377,31 @@ class State:
         self.model.checkpoint_activations = args.checkpoint_activations      # only MAR has it
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[kind])
-        source = self.path if self.path.is_file() else init
-        if source:
-            saved = backbone.load_checkpoint(source, kind)
-            with tokenizers.reading(source, f"{kind} checkpoint that fits this run"):
-                if source == self.path:
-                    tokenizers.check_same(source, saved["settings"], settings)
-                self.load(saved)
 
     def load(self, saved):
-        """Go on from this checkpoint of the same run, or of the one before (--init)."""
-        self.model.load_state_dict(saved["model"])
-        self.ema.load_state_dict(saved["ema"])
+        """Take over everything from a checkpoint of train.py."""
+        for name, module in (("model", self.model), ("ema", self.ema)):
+            module.load_state_dict(saved[name])
+            tokenizers.check_weights(module, saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for p, moments in self.optimizer.state.items():
+            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+                raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
+        self.step = saved["step"]
         self.before = saved["ema_start"]
-        if self.path.is_file():
-            self.step = saved["step"]
-        else:
-            self.before += saved["step"]
+
+    def start_from(self, path):
+        """Begin with --init: train on where another run has ended, or from an official MAR."""
+        saved = backbone.load_checkpoint(path, "mixar")
+        with dataset.reading(path, "mixar checkpoint that fits this run"):
+            if "kind" in saved:
+                self.load(saved)
+                self.before += self.step
+                self.step = 0
+            else:
+                official, _ = backbone.load_model(path, "mixar")
+                self.model.load_state_dict(official.state_dict())
+                self.ema.load_state_dict(official.state_dict())
 
     def set_rate(self, recipe, step):
         lr = learning_rate(recipe, step)
@@ -353,26 +410,30 @@ class State:
         return lr
 
     def save(self):
-        """Write last.pt, which holds these keys and those of `about`."""
+        """Write last.pt, which holds these keys and those of `about`. It is finite."""
+        for p in self.model.parameters():
+            if not p.isfinite().all():
+                raise SystemExit(f"{self.kind}: weights are not finite after step {self.step}; "
+                                 f"lower --lr. {self.path} keeps what was saved before")
         saved = self.about | dict(
             step=self.step, ema_start=self.before, model=self.model.state_dict(),
             ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
-        tokenizers.write_whole(self.path, partial(torch.save, saved))
+        dataset.write_whole(self.path, partial(torch.save, saved))
 
 
 class Log:
     """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
 
     def __init__(self, folder, kind, step, steps, B, args):
-        tokenizers.make_folder(folder)
         path = folder / "log.csv"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # neither the header nor a torn row
         rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
-        self.file = path.open("w", buffering=1)                              # row by row
         head = "step,loss,lr,grad_norm,images_per_second,seconds"
-        self.file.write("\n".join([head, *rows]) + "\n")
+        text = "\n".join([head, *rows]) + "\n"
+        dataset.write_whole(path, lambda file: file.write(text.encode()))
+        self.file = path.open("a", buffering=1)                              # row by row
         self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
         self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
         self.B = B
@@ -423,22 +484,43 @@ def update(args, ddp, state, batches, stop=False):
     return loss, norm, stopping > 0
 
 
-def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, init=None):
+def fit(args, kind, folder, config, fixed, loss, n, get_batch, preview=None, meta={}):
     """Train the model of this kind and config to the end of its recipe, from folder/last.pt on.
 
+    fixed: settings that the stage keeps, see `read_stage`
     n, get_batch: number of pictures; get_batch(pictures, rng) gives the tensors of a batch
     preview: preview(ema) makes pictures of what is saved
     meta: what a checkpoint says beside the model, for sample.py
     """
+    rank, _ = world()
+    steps = args.recipe[kind]["steps"]
+    about = dict(kind=kind, config=config, settings=fixed, meta=meta, args=vars(args))
+    with dataset.locked(folder) if rank == 0 else nullcontext():
+        saved, begun = read_stage(args, kind, folder, fixed)
+        state = State(args, kind, folder, config, about)
+        if saved:
+            with dataset.reading(state.path, f"{kind} checkpoint that fits this run"):
+                state.load(saved)
+            how_far = "done," if state.step >= steps else "goes on at"
+            say(f"{kind}: {how_far} step {state.step} of {steps}{begun}")
+        elif kind == "mixar" and args.init:
+            state.start_from(args.init)
+        train_steps(args, kind, state, Loss(state.model.train(), loss), n, get_batch, preview)
+        if rank == 0 and preview:
+            preview(state.ema.eval())
+    barrier()
+
+
+def train_steps(args, kind, state, loss, n, get_batch, preview):
+    """The steps of a stage that are missing: see `fit`. A signal ends it when its step is saved."""
     rank, _ = world()
     recipe = args.recipe[kind]
     B = recipe["batch"]
     steps = recipe["steps"]
     # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
-    state = State(args, kind, folder, config, meta, init)
-    ddp = parallel(Loss(state.model.train(), loss))
-    log = Log(folder, kind, state.step, steps, B, args) if rank == 0 else None
+    ddp = parallel(loss)
+    log = Log(state.path.parent, kind, state.step, steps, B, args) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
     received = remember_signals()
     failed = 0
@@ -451,9 +533,11 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
             update_ema(state.ema, state.model, total_step)
-        elif failed == 5 or state.step == steps - 1:
+        else:
+            say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
+        if failed == 5 or failed and state.step == steps - 1:
             raise SystemExit(f"{kind}: the loss was not finite in {failed} steps running, at step "
-                             f"{state.step}; lower --lr. {folder} keeps what was saved before")
+                             f"{state.step}; lower --lr. {state.path} keeps what was saved before")
         state.step += 1
         last = state.step == steps
         picture = preview and args.sample_every and state.step % args.sample_every == 0
@@ -464,22 +548,43 @@ def fit(args, kind, folder, config, loss, n, get_batch, preview=None, meta={}, i
             if picture and not (last or stopping):
                 preview(state.ema.eval())
         if stopping:
-            print(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
+            say(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     exit_on_signal(received)
     if rank == 0:
         log.bar.close()
-        if preview:
-            preview(state.ema.eval())
-    barrier()
+
+
+def is_done(args, kind, folder, fixed):
+    """Whether nothing is left to do for the vae, vq or prior in `folder`. If so, it says so."""
+    saved, begun = read_stage(args, kind, folder, fixed)
+    done = saved is not None and saved["step"] >= args.recipe[kind]["steps"]
+    if done:
+        say(f"{kind}: done, step {saved['step']} of {args.recipe[kind]['steps']}{begun}")
+    return done
+
+
+def order_of(args, kind):
+    """What decides about the pictures in each batch of a stage."""
+    return dict(seed=args.seed, batch=args.recipe[kind]["batch"])
 
 
 def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     import sample                                                            # it imports this file
 
-    pixels, _ = tokenizers.read_all(source)
+    folder = shared / kind
+    figure = folder / "reconstructions.png"
+    config = backbone.PRESETS[args.preset][kind]
+
+    def fixed(skipped):
+        pictures = dataset.describe(source, skipped)
+        return dict(config=config, pictures=pictures, **order_of(args, kind))
+
+    if figure.is_file() and is_done(args, kind, folder, fixed(skipped_before(folder, kind))):
+        return
+    pixels, _ = dataset.read_all(source)
 
     def get_batch(pictures, rng):
         x = torch.tensor(pixels[pictures]).float() / 255
@@ -489,19 +594,30 @@ def train_tokenizer(args, shared, kind, source):
         return (x.contiguous(memory_format=torch.channels_last),)
 
     def preview(ema):
-        path = shared / kind / "reconstructions.png"
-        sample.save_reconstructions(path, kind, ema, torch.tensor(pixels[:10]))
+        sample.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
-    config = backbone.PRESETS[args.preset][kind]
     loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, kind, shared / kind, config, loss, len(pixels), get_batch, preview)
+    fit(args, kind, folder, config, fixed(source.skipped), loss, len(pixels), get_batch, preview,
+        meta=dict(skipped=source.skipped))
+
+
+def skipped_before(folder, kind):
+    """The names of the unreadable pictures that the tokenizer in `folder` was trained without."""
+    if not (folder / "last.pt").is_file():
+        return []
+    saved = backbone.load_checkpoint(folder, kind)
+    with dataset.reading(folder / "last.pt", f"{kind} checkpoint"):
+        return list(saved["meta"].get("skipped", []))
 
 
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
-    fit(args, "prior", shared / "prior", config | backbone.PRESETS[args.preset]["prior"],
-        prior_loss, tokens.n, tokens.batch, meta=dict(tokens=tokens.made_from))
+    config |= backbone.PRESETS[args.preset]["prior"]
+    fixed = dict(config=config, tokens=tokens.made_from, **order_of(args, "prior"))
+    if not is_done(args, "prior", shared / "prior", fixed):
+        fit(args, "prior", shared / "prior", config, fixed, prior_loss, tokens.n, tokens.batch,
+            meta=dict(tokens=tokens.made_from))
 
 
 def train_mixar(args, shared, run, tokens):
@@ -517,9 +633,12 @@ def train_mixar(args, shared, run, tokens):
                          (prior.N, prior.bits, prior.classes),
                          (tokens.N, tokens.bits, len(tokens.classes)))
     if not args.prior:
-        tokenizers.check_same(prior_file, saved["meta"]["tokens"], tokens.made_from)
+        dataset.check_same(prior_file, saved["meta"]["tokens"], tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
+    config |= backbone.PRESETS[args.preset]["mar"]
+    fixed = dict(config=config, tokens=tokens.made_from, ti_mix=args.ti_mix,
+                 init=args.init is not None, **order_of(args, "mixar"))
     meta = sample.describe_run(args, shared, run, tokens, prior)
     loss = partial(mixar_loss, prior=prior.to(args.device), args=args)
 
@@ -527,19 +646,30 @@ def train_mixar(args, shared, run, tokens):
     def preview(ema):
         sample.save_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
 
-    fit(args, "mixar", run, config | backbone.PRESETS[args.preset]["mar"], loss, tokens.n,
-        tokens.batch, preview, meta, args.init)
-    if world()[0] == 0:
-        print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
+    fit(args, "mixar", run, config, fixed, loss, tokens.n, tokens.batch, preview, meta)
+    say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
 
 
-def done(folder, kind, steps):
-    """Whether folder/last.pt has made `steps` steps; if None, as many as its own recipe says."""
-    if not (folder / "last.pt").is_file():
-        return False
-    saved = backbone.load_checkpoint(folder, kind)
-    with tokenizers.reading(folder / "last.pt", f"{kind} checkpoint"):
-        return saved["step"] >= (steps or saved["args"]["recipe"][kind]["steps"])
+def check_flags_in_advance(args, shared, run):
+    """What a flag names is opened before anything is trained. SystemExit if it does not fit."""
+    pieces = world()[1] * args.accumulate
+    for kind, recipe in args.recipe.items():
+        if recipe["batch"] % pieces:
+            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
+                             f"{pieces}, the processes times --accumulate")
+    place = Path(args.data).resolve()
+    for folder in (shared.resolve(), run.resolve()):
+        if args.data != "shapes" and (place in (folder, *folder.parents)
+                                      or folder in place.parents):
+            raise SystemExit(f"{folder}, where this run would be, and --data {args.data} lie one "
+                             "in the other; choose another --runs or --out")
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in given.items():
+        if file:
+            saved = backbone.load_checkpoint(file, kind)
+            if kind == "mixar":
+                guidance = saved["config"]["guidance"] if "kind" in saved else "none"
+                backbone.check_equal(f"--init {file}", "as its guidance", guidance, args.guidance)
 
 
 def train_stages(args):
@@ -547,23 +677,20 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
-    pieces = world()[1] * args.accumulate
-    for kind, recipe in args.recipe.items():
-        if recipe["batch"] % pieces:
-            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
-                             f"{pieces}, the processes times --accumulate")
-    # what a flag names is opened before anything is trained
-    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
-    for kind, file in given.items():
-        if file:
-            backbone.load_checkpoint(file, kind)
+    check_flags_in_advance(args, shared, run)
     size = backbone.PRESETS[args.preset]["size"]
-    source = tokenizers.open_source(args.data, "train", size, args.images)
-    if not args.vae and not done(shared / "vae", "vae", args.vae_steps):
+    source = dataset.open_source(args.data, "train", size, args.images)
+    if args.mirror is not None:
+        source.mirror = args.mirror
+    say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
+    without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
+    if len(without):
+        say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
+    if not args.vae:
         train_tokenizer(args, shared, "vae", source)
     if args.stage == "vae":
         return
-    if not args.vq and not done(shared / "vq", "vq", args.vq_steps):
+    if not args.vq:
         train_tokenizer(args, shared, "vq", source)
     if args.stage == "vq":
         return
@@ -574,12 +701,13 @@ def train_stages(args):
     if world()[0] == 0:
         vae.to(args.device)
         vq.to(args.device)
-        tokenizers.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+        with dataset.locked(shared / "tokens"):
+            dataset.cache_tokens(shared / "tokens", source, vae, vq, args.device)
     barrier()
     if args.stage == "cache":
         return
-    tokens = tokenizers.Tokens(shared / "tokens")
-    if not args.prior and not done(shared / "prior", "prior", args.prior_steps):
+    tokens = dataset.Tokens(shared / "tokens")
+    if not args.prior:
         train_prior(args, shared, tokens)
     if args.stage != "prior":
         train_mixar(args, shared, run, tokens)
@@ -595,6 +723,13 @@ def within(low, high=math.inf, kind=float):
     return number
 
 
+def nonempty(text):
+    """The argparse type of a name. An empty one would stand for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is missing")
+    return text
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -602,14 +737,18 @@ def parse(argv=None):
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", help="shapes, or a folder of pictures")
+    g.add_argument("--data", default="shapes", type=nonempty,
+                   help="shapes, or a folder of pictures")
     g.add_argument("--images", **count, help="use at most so many pictures")
+    g.add_argument("--mirror", action=argparse.BooleanOptionalAction,
+                   help="train on mirror images, too (None: as the data set says)")
     g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES,
                    help="how X_d guides X_c [paper 3.3]; none is plain MAR")
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"],
                    help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
-    g.add_argument("--init", metavar="RUN", help="train on from this MixAR run [paper 4.3]")
+    g.add_argument("--init", metavar="RUN", type=nonempty,
+                   help="train on from this MixAR run, or an official MAR [paper 4.3]")
     g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
     g.add_argument("--vae", metavar="FILE", help="VA-VAE, KL-16 or ours, not to be trained")
@@ -623,8 +762,9 @@ def parse(argv=None):
     g.add_argument("--batch-size", **count, help="pictures a step, over all processes")
     g.add_argument("--lr", type=within(0), metavar="X", help="learning rate of stage mixar")
     g = p.add_argument_group("running")
-    g.add_argument("--runs", default="runs", help="the folder of all runs")
-    g.add_argument("--out", help="the folder of this MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
+    g.add_argument("--runs", default="runs", type=nonempty, help="the folder of all runs")
+    g.add_argument("--out", type=nonempty,
+                   help="the folder of this MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
     g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
                    help="of start values, data order, masks and noise")
     g.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
@@ -663,7 +803,7 @@ def settle(args):
 
 def main(argv=None):
     args = parse(argv)
-    with process_group():
+    with one_end(), process_group():
         train_stages(args)
 
 

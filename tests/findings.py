@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sample
-import tokenizers
+import dataset
 
 RESULTS = ROOT / "assets" / "findings.json"
 DATA = ("shapes", "fashion-mnist")
@@ -273,10 +273,10 @@ def validation(data):
     """
     count = 5000
     if data == "shapes":
-        source = tokenizers.open_source("shapes", "train", 32, count)
+        source = dataset.open_source("shapes", "train", 32, count)
         source.seed = 2
     else:
-        source = tokenizers.open_source(SOURCE[data], "train", 32, None)
+        source = dataset.open_source(SOURCE[data], "train", 32, None)
     last = range(len(source.labels))[-count:]
     pictures = np.stack([source.read(i) for i in last])                  # (n, 3, H, W)
     np.savez(ROOT / "runs0" / f"{data}-validation.npz", arr_0=pictures.transpose(0, 2, 3, 1))

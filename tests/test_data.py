@@ -1,12 +1,16 @@
 """Pictures and the token cache of tokenizers.py: every way in, and what is said if it is wrong."""
 import gzip
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import dataset
 import tokenizers
 from backbone import PRESETS
 
@@ -23,11 +27,11 @@ def write_idx(path, array, opener=open):
 
 
 def open_folder(folder, split="train"):
-    return tokenizers.open_source(str(folder), split, 32, None)
+    return dataset.open_source(str(folder), split, 32, None)
 
 
 def shapes(count):
-    return tokenizers.open_source("shapes", "train", 32, count)
+    return dataset.open_source("shapes", "train", 32, count)
 
 
 @pytest.fixture
@@ -48,16 +52,16 @@ def test_shapes_are_a_function_of_split_and_index():
     many = shapes(5000)
     assert all((few.read(i) == many.read(i)).all() for i in range(20))
     assert few.labels.tolist() == [i % 10 for i in range(20)]
-    test = tokenizers.open_source("shapes", "test", 32, 20)
+    test = dataset.open_source("shapes", "test", 32, 20)
     assert not any((few.read(i) == test.read(i)).all() for i in range(20))
 
 
-@pytest.mark.parametrize("name", tokenizers.Shapes.classes)
+@pytest.mark.parametrize("name", dataset.Shapes.classes)
 def test_shapes_outlines_are_inside_at_negative_distance(name):
     """The figure covers a sensible part of the square, and the rim of [-1, 1]^2 is outside."""
     axis = np.linspace(-1, 1, 81)
-    label = tokenizers.Shapes.classes.index(name)
-    distance = tokenizers.Shapes.distances(axis[None, :], -axis[:, None])[label]
+    label = dataset.Shapes.classes.index(name)
+    distance = dataset.Shapes.distances(axis[None, :], -axis[:, None])[label]
     assert 0.1 < (distance < 0).mean() < 0.65
     rim = (distance[0], distance[-1], distance[:, 0], distance[:, -1])
     assert all((edge > 0).mean() > 0.8 for edge in rim)
@@ -78,7 +82,7 @@ def test_folder_reads_every_mode_as_rgb(folder):
 
 def test_sixteen_bit_grey_is_scaled(tmp_path):
     Image.fromarray(np.full((32, 32), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
-    image = tokenizers.read_rgb(tmp_path / "deep.png")
+    image = dataset.read_rgb(tmp_path / "deep.png")
     assert np.asarray(image)[0, 0].tolist() == [100, 100, 100]
 
 
@@ -87,75 +91,57 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     data = (folder / "dog" / "rgba.png").read_bytes()
     (folder / "dog" / "short.png").write_bytes(data[:len(data) // 2])
     source = open_folder(folder)
-    pixels, labels = tokenizers.read_all(source)
+    pixels, labels = dataset.read_all(source)
     out = capsys.readouterr().out
     assert "skipped 2 unreadable of 7" in out and "broken.png" in out and "short.png" in out
     assert pixels.shape == (5, 3, 32, 32)
     assert labels.tolist() == [0, 0, 1, 1, 1]
     assert (pixels[4] == source.read(5)).all()
 
-    tokenizers.cache_tokens(tmp_path / "out", source, *tiny_tokenizers(), "cpu")
+    dataset.cache_tokens(tmp_path / "out", source, *tiny_tokenizers(), "cpu")
     assert "skipped 2 unreadable of 7" in capsys.readouterr().out
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert len(meta["skipped"]) == 2 and meta["complete"]
-    assert tokenizers.Tokens(tmp_path / "out").rows.tolist() == [1, 2, 3, 4, 5]
+    assert meta["skipped"] == ["cat/broken.png 10", f"dog/short.png {len(data) // 2}"]
+    assert dataset.Tokens(tmp_path / "out").rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="none of its 1 pictures"):
-        tokenizers.read_all(open_folder(tmp_path / "in"))
+        dataset.read_all(open_folder(tmp_path / "in"))
 
 
 def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
     """An unreadable picture is tried again as long as the cache is not complete."""
     source = shapes(20)
     read = source.read
-    write_json = tokenizers.write_json
+    write_json = dataset.write_json
 
     def broken_disk(i):
         return "a broken disk" if i == 7 else read(i)
 
     def write_unless_complete(path, meta):
-        if not meta["complete"]:
+        if "mean" not in meta:
             write_json(path, meta)
 
     source.read = broken_disk
-    monkeypatch.setattr(tokenizers, "write_json", write_unless_complete)
+    monkeypatch.setattr(dataset, "write_json", write_unless_complete)
     vae, vq = tiny_tokenizers()
-    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu")
+    dataset.cache_tokens(tmp_path, source, vae, vq, "cpu")
     assert np.load(tmp_path / "status.npy")[7] == 2
-    tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
+    dataset.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
     assert np.load(tmp_path / "status.npy")[7] == 1
-
-
-def test_two_programs_filling_one_cache_are_noticed(tmp_path):
-    """A second program begins the files anew: the rows written before are gone."""
-    source = shapes(200)
-    shipped = source.read
-
-    def read(i):
-        if i == 150:
-            np.lib.format.open_memmap(tmp_path / "status.npy", "r+")[:] = 0
-        return shipped(i)
-
-    source.read = read
-    vae, vq = tiny_tokenizers()
-    with pytest.raises(SystemExit, match="another program was filling it, too"):
-        tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=50)
-    tokenizers.cache_tokens(tmp_path, shapes(200), vae, vq, "cpu", batch=50)
-    assert (np.load(tmp_path / "status.npy") == 1).all()
 
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: no pictures in this folder .it takes .bmp .gif"):
+    with pytest.raises(SystemExit, match="empty: none of its 0 files is a picture"):
         open_folder(folder)
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere")
     (tmp_path / "void").mkdir()
-    with pytest.raises(SystemExit, match="void: no pictures in this folder"):
+    with pytest.raises(SystemExit, match="void: none of its 0 files is a picture"):
         open_folder(tmp_path / "void")
 
 
@@ -175,6 +161,128 @@ def test_train_and_val_folders_are_the_splits(folder, tmp_path):
     assert test.files == open_folder(folder).files and not test.held_out
 
 
+def make(root, *names):
+    for name in names:
+        picture(root / name / "a.png")
+    return open_folder(root)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """A split needs a folder for training and one held out, or only such folders."""
+    assert make(tmp_path / "vehicles", "bus", "car", "train").classes == ["bus", "car", "train"]
+    assert make(tmp_path / "one", "train/bus").classes == ["bus"]
+    assert make(tmp_path / "two", "train/bus", "val/bus", "notes").classes == ["bus"]
+
+
+@pytest.mark.parametrize("train", ["train", "training", "Train"])
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test", "testing"])
+def test_usual_names_of_splits_are_known(tmp_path, train, held_out):
+    source = make(tmp_path, f"{train}/0", f"{held_out}/0", f"{held_out}/1")
+    assert source.classes == ["0"] and not source.held_out
+    test = open_folder(tmp_path, "test")
+    assert test.classes == ["0", "1"] and test.held_out
+
+
+def test_loose_pictures_beside_class_folders_are_one_line(tmp_path):
+    picture(tmp_path / "flat" / "a.png")
+    picture(tmp_path / "flat" / "b.png")
+    picture(tmp_path / "flat" / "thumbs" / "c.png")
+    with pytest.raises(SystemExit, match="flat: 2 pictures, such as ..png, lie beside the folder"):
+        open_folder(tmp_path / "flat")
+
+
+def test_files_of_operating_systems_are_no_pictures_and_no_classes(tmp_path):
+    """__MACOSX, @eaDir, checkpoints of notebooks and ._ files are skipped at every depth."""
+    root = tmp_path / "zoo"
+    make(root, "cat", "cat/sub", "__MACOSX/cat", "lost+found", "cat/@eaDir", ".ipynb_checkpoints",
+         "cat/.ipynb_checkpoints")
+    picture(root / "cat" / "._0.png")
+    source = open_folder(root)
+    assert source.classes == ["cat"]
+    assert [str(path.relative_to(root)) for path in source.files] == ["cat/a.png", "cat/sub/a.png"]
+
+
+def test_class_folders_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    """Class 2 of a prior must not be the folder 10."""
+    names = [str(k) for k in range(12)]
+    assert make(tmp_path, *reversed(names)).classes == names
+    assert make(tmp_path, "b", "a").classes == [*names, "a", "b"]
+
+
+def test_every_ending_that_pillow_opens_counts_and_others_are_counted(tmp_path, capsys):
+    for name in ("a.ppm", "b.PGM", "c.jfif", "d.AVIF", "e.JPG"):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        image = Image.new("RGB", (20, 20), (100, 100, 100))
+        image.convert("L" if name == "b.PGM" else "RGB").save(tmp_path / "cat" / name)
+    (tmp_path / "cat" / "notes.txt").write_text("fluffy")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    source = open_folder(tmp_path)
+    assert "1 files that are no pictures are left out" in capsys.readouterr().out
+    pixels, _ = dataset.read_all(source)
+    assert len(pixels) == 5 and abs(pixels.astype(int) - 100).max() <= 2
+
+
+def test_pictures_keep_their_identity_when_the_folder_moves(folder, tmp_path):
+    """Another spelling of the path, another place, an unreadable picture less: the same set.
+
+    A picture more, or one of another size in its place, is another set.
+    """
+    broken = folder / "cat" / "broken.png"
+    broken.write_bytes(b"no picture")
+    source = open_folder(folder)
+    dataset.read_all(source)
+    before = dataset.describe(source, source.skipped)
+    assert before == dataset.describe(open_folder(folder / ".." / folder.name), source.skipped)
+    moved = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(folder, moved)
+    (moved / "cat" / "broken.png").unlink()
+    assert before == dataset.describe(open_folder(moved), source.skipped)
+    picture(moved / "cat" / "rgb.png", size=(60, 60), colour=(0, 0, 0))
+    assert before != dataset.describe(open_folder(moved), source.skipped)
+    picture(folder / "cat" / "new.png")
+    assert before != dataset.describe(open_folder(folder), source.skipped)
+
+
+def test_a_name_that_is_not_utf8_is_trained_on(tmp_path, capsys):
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(path)
+    Image.new("RGB", (32, 32)).save(os.fsdecode(path + b"/\xe9.png"))
+    (tmp_path / os.fsdecode(b"caf\xe9") / "broken.png").write_bytes(b"no picture")
+    source = open_folder(tmp_path)
+    assert source.classes == ["caf\\xe9"]
+    assert [name.rsplit(" ")[0] for name in source.names] == ["caf\\xe9/broken.png",
+                                                             "caf\\xe9/\\xe9.png"]
+    dataset.cache_tokens(tmp_path / ".cache", source, *tiny_tokenizers(), "cpu")
+    assert dataset.Tokens(tmp_path / ".cache").n == 1
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    """A phone held upright stores the picture on its side, and orientation 6."""
+    image = Image.new("RGB", (40, 40), "black")
+    image.paste("white", (0, 0, 40, 20))
+    exif = image.getexif()
+    exif[0x112] = 6
+    image.save(tmp_path / "phone.png", exif=exif)
+    image.save(tmp_path / "broken.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    turned = np.asarray(dataset.read_rgb(tmp_path / "phone.png"))
+    assert turned[:, 35].min() == 255 and turned[:, 5].max() == 0
+    assert dataset.read_rgb(tmp_path / "broken.jpg").size == (40, 40)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_unknown_range_are_unreadable_not_black(tmp_path, kind):
+    Image.fromarray(np.full((32, 32), 0.5, kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="32-bit values have no known range"):
+        dataset.read_rgb(tmp_path / "deep.tif")
+
+
+def test_a_strip_of_pixels_is_unreadable(tmp_path):
+    """Its centre crop would first make it larger than the memory."""
+    Image.new("L", (1, 300_000)).save(tmp_path / "strip.png")
+    source = open_folder(tmp_path)
+    assert "a strip of 1 x 300000 pixels" in source.read(0)
+
+
 def test_a_folder_of_pictures_alone_is_one_class(tmp_path):
     for name in ("b.png", "a.png"):
         picture(tmp_path / "set" / name)
@@ -187,8 +295,8 @@ def test_a_folder_of_pictures_alone_is_one_class(tmp_path):
 def test_a_count_chooses_the_same_pictures_with_their_labels(folder):
     """Some of the pictures, each with its own label; the same ones every time."""
     everything = open_folder(folder)
-    few = tokenizers.open_source(str(folder), "train", 32, 3)
-    again = tokenizers.open_source(str(folder), "train", 32, 3)
+    few = dataset.open_source(str(folder), "train", 32, 3)
+    again = dataset.open_source(str(folder), "train", 32, 3)
     assert len(set(few.files)) == 3 and few.files == again.files
     for i, file in enumerate(few.files):
         there = everything.files.index(file)
@@ -218,10 +326,62 @@ def test_idx_files_gz_or_not(tmp_path, opener, ending):
     assert (source.read(0) != test.read(0)).any()
 
 
+def write_set(folder, prefix, labels):
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.zeros((len(labels), 28, 28), np.uint8)
+    write_idx(folder / f"{prefix}-images-idx3-ubyte", images)
+    write_idx(folder / f"{prefix}-labels-idx1-ubyte", np.array(labels, np.uint8))
+
+
+def test_classes_are_the_labels_that_there_are(tmp_path):
+    """The letters of EMNIST are numbered from 1. Its files have a prefix, its test set is "test".
+    """
+    write_set(tmp_path, "emnist-letters-train", [1, 3, 26])
+    write_set(tmp_path, "emnist-letters-test", [26, 1])
+    source = open_folder(tmp_path)
+    assert source.classes == ["1", "3", "26"] and source.labels.tolist() == [0, 1, 2]
+    test = open_folder(tmp_path, "test")
+    assert test.labels.tolist() == [2, 0] and test.held_out
+    write_set(tmp_path, "emnist-digits-train", [0, 1])
+    with pytest.raises(SystemExit, match="one file ...train-images-idx3-ubyte.* emnist-letters"):
+        open_folder(tmp_path)
+
+
+def test_names_of_clothes_come_from_the_labels_not_from_the_path(tmp_path):
+    write_set(tmp_path / "old-fashioned" / "digits", "train", [5, 0, 4, 1, 9, 2, 1, 3, 1, 4])
+    digits = open_folder(tmp_path / "old-fashioned" / "digits")
+    assert digits.classes == ["0", "1", "2", "3", "4", "5", "9"]
+    write_set(tmp_path / "clothes", "train", [9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 1, 4, 6, 8])
+    assert open_folder(tmp_path / "clothes").classes[9] == "boot"
+
+
+def test_kaggle_and_torchvision_layouts(tmp_path):
+    """A dotted file beside a folder of its name is read. Files in raw/ are pointed at."""
+    write_set(tmp_path, "train", [0, 1])
+    for name in ("images-idx3", "labels-idx1"):
+        path = tmp_path / f"train-{name}-ubyte"
+        path.rename(tmp_path / f"train-{name.replace('-', '.')}-ubyte")
+        path.mkdir()
+    assert open_folder(tmp_path).classes == ["0", "1"]
+    write_set(tmp_path / "MNIST" / "raw", "train", [0, 1])
+    with pytest.raises(SystemExit, match="its files lie in .*raw; give that folder"):
+        open_folder(tmp_path / "MNIST")
+
+
+def test_pictures_and_labels_that_do_not_fit_are_one_line(tmp_path):
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    with pytest.raises(SystemExit, match="3 pictures do not fit 2 labels"):
+        open_folder(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((2, 28, 28, 3), np.uint8))
+    with pytest.raises(SystemExit, match="does not hold bytes along 3 axes"):
+        open_folder(tmp_path)
+
+
 def test_truncated_or_missing_idx_file_is_one_line(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     write_idx(path, np.zeros((3, 28, 28), np.uint8))
-    with pytest.raises(SystemExit, match="there is no file train-labels-idx1-ubyte"):
+    with pytest.raises(SystemExit, match=r"one file ...train-labels-idx1-ubyte\[.gz\] is needed"):
         open_folder(tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
@@ -239,17 +399,17 @@ def test_idx_file_of_16_bit_values_is_one_line(tmp_path):
 
 def test_other_pictures_in_a_folder_are_another_source(folder):
     """As many pictures under other names must not be taken for those in the cache."""
-    before = open_folder(folder).made_from
+    before = dataset.describe(open_folder(folder), [])
     (folder / "cat" / "rgb.png").rename(folder / "cat" / "renamed.png")
-    after = open_folder(folder).made_from
-    assert before["pictures"] == after["pictures"] and before != after
+    after = dataset.describe(open_folder(folder), [])
+    assert before["pictures"] == after["pictures"] and before["names"] != after["names"]
 
 
 def test_images_of_another_source_are_refused(tmp_path):
     vae, vq = tiny_tokenizers()
-    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
-    with pytest.raises(SystemExit, match="was made with pictures 10, not 20"):
-        tokenizers.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
+    dataset.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    with pytest.raises(SystemExit, match="was made with names .*; pictures 10, not 20: choose"):
+        dataset.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
 
 
 def tiny_tokenizers():
@@ -268,8 +428,8 @@ def test_eq07_cache_holds_the_tokens_of_picture_and_mirror_image(tmp_path):
     vae, vq = tiny_tokenizers()
     source = shapes(50)
     source.mirror = True
-    tokenizers.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
-    tokens = tokenizers.Tokens(tmp_path)
+    dataset.cache_tokens(tmp_path, source, vae, vq, "cpu", batch=16)
+    tokens = dataset.Tokens(tmp_path)
     assert tokens.n == 50
     assert tokens.labels.tolist() == source.labels.tolist()
     assert tokens.classes == source.classes
@@ -297,8 +457,8 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
     vae, vq = tiny_tokenizers()
     # Much posterior noise.
     vae.quant_conv.bias.data[8:] = 1.0
-    tokenizers.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
-    tokens = tokenizers.Tokens(tmp_path)
+    dataset.cache_tokens(tmp_path, shapes(300), vae, vq, "cpu")
+    tokens = dataset.Tokens(tmp_path)
     mean, std, _, _ = tokens.batch(np.arange(300), lambda f: torch.zeros(300))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     x_c = mean + std * noise
@@ -308,10 +468,10 @@ def test_cache_statistics_are_those_of_posterior_samples(tmp_path):
 
 def test_cache_refuses_other_tokenizers(tmp_path):
     vae, vq = tiny_tokenizers()
-    tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    dataset.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
     vq.decoder.conv_out.bias.data += 1
     with pytest.raises(SystemExit, match="was made with vq [0-9a-f]{16}, not [0-9a-f]{16}:"):
-        tokenizers.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+        dataset.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
 
 
 def cache_arrays(folder):
@@ -326,7 +486,7 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
     """
     (folder / "cat" / "broken.png").write_bytes(b"no picture")
     vae, vq = tiny_tokenizers()
-    tokenizers.cache_tokens(tmp_path / "whole", open_folder(folder), vae, vq, "cpu", batch=2)
+    dataset.cache_tokens(tmp_path / "whole", open_folder(folder), vae, vq, "cpu", batch=2)
     source = open_folder(folder)
     shipped = source.read
     numbers = []
@@ -342,18 +502,18 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
 
     source.read = stop_at_four
     with pytest.raises(KeyboardInterrupt):
-        tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+        dataset.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
     with pytest.raises(SystemExit, match="not a complete token cache"):
-        tokenizers.Tokens(tmp_path / "stopped")
+        dataset.Tokens(tmp_path / "stopped")
     source.read = noted
-    tokenizers.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
+    dataset.cache_tokens(tmp_path / "stopped", source, vae, vq, "cpu", batch=2)
     whole = cache_arrays(tmp_path / "whole")
     resumed = cache_arrays(tmp_path / "stopped")
     assert all((whole[name] == resumed[name]).all() for name in whole)
     # Picture 0 is broken; it is read again and named at the end.
     assert sorted(set(numbers)) == [0, 4, 5]
     assert whole["status"].tolist() == [2, 1, 1, 1, 1, 1]
-    tokens = tokenizers.Tokens(tmp_path / "stopped")
+    tokens = dataset.Tokens(tmp_path / "stopped")
     assert tokens.n == 5
     assert tokens.labels.tolist() == [0, 0, 1, 1, 1]
 
@@ -364,11 +524,27 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
 
     path = tmp_path / "file"
-    tokenizers.write_whole(path, lambda file: file.write(b"whole"))
+    dataset.write_whole(path, lambda file: file.write(b"whole"))
     with pytest.raises(KeyboardInterrupt):
-        tokenizers.write_whole(path, stopped)
+        dataset.write_whole(path, stopped)
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_locked_against_a_second_program(tmp_path):
+    """The lock ends with the program, however it ends, and what a killed one left is removed."""
+    leftover = tmp_path / ".last.pt.99.unfinished"
+    leftover.write_bytes(b"half")
+    with dataset.locked(tmp_path):
+        assert not leftover.exists()
+        with pytest.raises(SystemExit, match="another program is writing into this folder"):
+            with dataset.locked(tmp_path):
+                pass
+    with pytest.raises(KeyboardInterrupt):
+        with dataset.locked(tmp_path):
+            raise KeyboardInterrupt
+    with dataset.locked(tmp_path):
+        pass
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
@@ -377,10 +553,10 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
         raise RuntimeError("no space left")
 
     (tmp_path / "file").write_bytes(b"whole")
-    with pytest.raises(SystemExit, match="file cannot be a folder: .*exists"):
-        tokenizers.write_json(tmp_path / "file" / "note.json", {})
+    with pytest.raises(SystemExit, match="note.json cannot be written: .*exists"):
+        dataset.write_json(tmp_path / "file" / "note.json", {})
     with pytest.raises(SystemExit, match="last.pt cannot be written: no space left"):
-        tokenizers.write_whole(tmp_path / "last.pt", full_disk)
+        dataset.write_whole(tmp_path / "last.pt", full_disk)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -392,56 +568,84 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 ])
 def test_what_cannot_be_read_is_one_line(error, reason):
     with pytest.raises(SystemExit) as stopped:
-        with tokenizers.reading("last.pt", "checkpoint"):
+        with dataset.reading("last.pt", "checkpoint"):
             raise error
     line = f"last.pt: not a checkpoint: {reason}" if reason else "its own line"
     assert str(stopped.value) == line
 
 
 def test_only_what_differs_is_named():
-    """Dicts within dicts are compared, too. A tuple equals a list, None equals a missing entry."""
+    """Dicts within dicts are compared, too. A tuple equals a list.
+
+    What only one of them has is not compared: files of earlier versions have fewer entries.
+    """
     was = dict(seed=0, batch=32, config=dict(width=8, mult=[1, 2]), tokens=None, old=1)
     now = dict(seed=0, batch=64, config=dict(width=16, mult=(1, 2)), other=None)
-    assert tokenizers.check_same("last.pt", was, dict(was)) is None
+    assert dataset.check_same("last.pt", was, dict(was)) is None
     with pytest.raises(SystemExit) as stopped:
-        tokenizers.check_same("last.pt", was, now)
+        dataset.check_same("last.pt", was, now)
     assert str(stopped.value) == (
-        "last.pt was made with batch 32, not 64; width 8, not 16; old 1, not None: "
+        "last.pt was made with batch 32, not 64; width 8, not 16: "
         "choose another --runs or --out folder, or remove it")
 
 
-def test_a_damaged_cache_is_one_line(tmp_path):
-    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
-    whole = (tmp_path / "moments.npy").read_bytes()
-    (tmp_path / "moments.npy").write_bytes(whole[:200])
-    with pytest.raises(SystemExit, match="not a complete token cache; remove it to make it again"):
-        tokenizers.Tokens(tmp_path)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(SystemExit, match="meta.json: not a readable note; remove it: Expecting"):
-        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+DAMAGE = [
+    ("moments.npy", lambda path: path.write_bytes(path.read_bytes()[:200]), "moments.npy: not"),
+    ("indices.npy", lambda path: path.write_bytes(b""), "indices.npy: not"),
+    ("status.npy", lambda path: path.unlink(), "status.npy: not .*No such file"),
+    ("labels.npy", lambda path: np.save(path, np.arange(5)), "it has 5 rows of int64, not 6 of"),
+    ("labels.npy", lambda path: np.save(path, np.ones(6)), "6 rows of float64, not 6 of int64"),
+    ("labels.npy", lambda path: np.save(path, np.full(6, 10)), "classes beyond 10"),
+    ("meta.json", lambda path: path.write_text("{"), "meta.json: not .*Expecting"),
+    ("meta.json", lambda path: path.write_text("7"), "meta.json: not a readable note"),
+    ("meta.json", lambda path: path.write_text("null"), "meta.json: not a readable note"),
+    ("meta.json", lambda path: path.write_text('{"made_from": 7}'), "not a"),
+    ("meta.json", lambda path: path.write_text(path.read_text().replace('"std": [', '"std": [NaN,')),
+     "deviation .nan"),
+]
+
+
+@pytest.mark.parametrize("name, damage, words", DAMAGE)
+def test_a_damaged_cache_is_one_line(tmp_path, name, damage, words):
+    """It names the file, whether the cache is filled or read."""
+    tokenizers_of_test = tiny_tokenizers()
+    dataset.cache_tokens(tmp_path, shapes(6), *tokenizers_of_test, "cpu")
+    damage(tmp_path / name)
+    with pytest.raises(SystemExit, match=words) as error:
+        dataset.cache_tokens(tmp_path, shapes(6), *tokenizers_of_test, "cpu")
+        dataset.Tokens(tmp_path)
+    assert "\n" not in str(error.value) and "remove" in str(error.value)
+
+
+def test_a_cache_that_would_not_fit_is_one_line_before_it_is_begun(tmp_path, monkeypatch):
+    """Files that grow as they are written would end the program with a bus error on a full disk."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit, match="tokens of 6 pictures take .* GB, but 1e-06 GB are free"):
+        dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
-    """meta.json may say complete although the mean is still missing."""
-    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
-    meta = tokenizers.read_json(tmp_path / "meta.json")
-    stopped = {key: meta[key] for key in ("made_from", "classes", "complete", "skipped")}
-    tokenizers.write_json(tmp_path / "meta.json", stopped)
-    tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
-    assert tokenizers.read_json(tmp_path / "meta.json") == meta
+    """All pictures may be done although the mean is still missing."""
+    dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    meta = dataset.read_json(tmp_path / "meta.json")
+    stopped = {key: meta[key] for key in ("made_from", "classes", "skipped")}
+    dataset.write_json(tmp_path / "meta.json", stopped)
+    dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    assert dataset.read_json(tmp_path / "meta.json") == meta
 
 
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
-    shipped = tokenizers.encode
+    shipped = dataset.encode
 
     def too_low(pictures, *more):
         rows = shipped(pictures, *more)
         return rows | {"indices": rows["indices"][:, :, :5]} if pictures.any() else rows
 
-    monkeypatch.setattr(tokenizers, "encode", too_low)
+    monkeypatch.setattr(dataset, "encode", too_low)
     with pytest.raises(ValueError):
-        tokenizers.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
+        dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
 
 

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 import backbone
+import dataset
 import fid
 import golden
 import sample
-import tokenizers
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -372,7 +372,7 @@ def write_run(root):
             parameter.data += 0.1 * torch.randn_like(parameter)
     files = {}
     for kind in ("vae", "vq", "prior"):
-        files[kind] = (f"../colours/{kind}", tokenizers.fingerprint(models[kind]))
+        files[kind] = (f"../colours/{kind}", dataset.fingerprint(models[kind]))
     meta = dict(shared="../colours", classes=list("abc"), data=str(root / "colours"), files=files,
                 latent_mean=[0.0] * 4, latent_std=[1.0] * 4, sampling=SETTINGS)
     for kind, model in models.items():
@@ -455,7 +455,7 @@ def test_distance_and_score_are_those_of_the_features_of_all_pictures(world, mea
     """The whole path agrees with plain NumPy; the batch size does not divide the pictures."""
     result = measured("samples.npz", "idx", "--batch-size", "64")["results"][0]
     model = fid.load_extractor(world / "features.pt", options(), None)
-    test = tokenizers.open_source(str(world / "idx"), "test", SIZE, None)
+    test = dataset.open_source(str(world / "idx"), "test", SIZE, None)
     features, logits = model(channels_first(blobs(200, 1)))
     others, _ = model(torch.tensor(np.stack([test.read(i) for i in range(160)])))
     expected = fid.frechet_distance(*moments(features.numpy()), *moments(others.numpy()))
@@ -588,7 +588,7 @@ def test_inception_takes_cropped_pictures(inception, released, measured, tmp_pat
     flags = ["--features", str(released), "--resize", "pytorch-fid", "--force"]
     flags += ["--save-stats", str(tmp_path / "s.npz")]
     report = measured(*both, *flags, "--size", "8", features=False)
-    cropped = [np.asarray(tokenizers.center_crop(Image.fromarray(p), 8)) for p in large]
+    cropped = [np.asarray(dataset.center_crop(Image.fromarray(p), 8)) for p in large]
     features, _ = inception(channels_first(np.stack(cropped)))
     found = np.load(tmp_path / "s.npz")["mu"]
     np.testing.assert_allclose(found, features.numpy().mean(0), rtol=1e-4, atol=1e-5)
@@ -621,7 +621,7 @@ def test_pictures_of_other_sizes_are_cropped_as_data_sets_are(measured, tmp_path
     write_pngs(large, tmp_path / "large")
     report = measured(str(tmp_path / "large.npz"), str(tmp_path / "large"))
     assert report["results"][0]["frechet_distance"] < 1e-8
-    cropped = np.asarray(tokenizers.center_crop(Image.fromarray(large[0]), SIZE))
+    cropped = np.asarray(dataset.center_crop(Image.fromarray(large[0]), SIZE))
     expected = channels_first(cropped[None])
     assert torch.equal(fid.crop(channels_first(large[:1]), SIZE), expected)
     assert torch.equal(fid.crop(expected, SIZE), expected)

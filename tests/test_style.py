@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["tokenizers", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
+NAMES = ["tokenizers", "dataset", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
 CODE = [ROOT / f"{name}.py" for name in NAMES]
 TEXTS = [*CODE, ROOT / "README.md", *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.md")]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import dataset
 import golden
 import sample
 import tokenizers
@@ -240,7 +241,7 @@ def test_official_files_need_no_weights_of_training_alone():
     state["foundation_model.model.cls_token"] = torch.zeros(3)
     state["linear_proj.weight"] = torch.zeros(3)
     vae = tokenizers.KLVAE.from_official(state)
-    assert tokenizers.fingerprint(vae) == tokenizers.fingerprint(tiny_vae())
+    assert dataset.fingerprint(vae) == dataset.fingerprint(tiny_vae())
 
 
 @pytest.mark.parametrize("cls, name", [
@@ -292,7 +293,7 @@ def test_golden_center_crop(width, height, size):
     image = synthetic(width, height)
     assert np.array_equal(image[:4, :4], g[f"synth_{width}x{height}_corner"].numpy())
     expected = g[f"adm_{width}x{height}_to{size}"].numpy()
-    found = np.asarray(tokenizers.center_crop(Image.fromarray(image), size)).astype(int)
+    found = np.asarray(dataset.center_crop(Image.fromarray(image), size)).astype(int)
     assert abs(found - expected).max() <= 1
 
 

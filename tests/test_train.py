@@ -19,10 +19,10 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import backbone
+import dataset
 import golden
 import running
 import sample
-import tokenizers
 import train
 from running import SMALL, mixar, same_weights, sampling, weights
 
@@ -545,7 +545,7 @@ def test_recomputed_activations_are_not_kept(tmp_path):
 
     def numbers_kept(*flags):
         args = train.parse(flags)
-        model = train.State(args, "mixar", tmp_path, config, {}, None).model.train()
+        model = train.State(args, "mixar", tmp_path, config, {}).model.train()
         sizes = {}
 
         def note_size(x):
@@ -595,7 +595,7 @@ def test_official_tokenizers_make_the_token_cache(tmp_path):
     files = ["--vae", str(tmp_path / "vae.pth"), "--vq", str(tmp_path / "vq.pth")]
     flags = ["--images", "8", "--runs", str(tmp_path), "--stage", "cache"]
     train.main([*SMALL, *files, *flags])
-    tokens = tokenizers.Tokens(tmp_path / "shapes" / "tokens")
+    tokens = dataset.Tokens(tmp_path / "shapes" / "tokens")
     mean, _, x_d, _ = tokens.batch(np.array([0]), lambda f: torch.zeros(1))
     assert mean.shape == (1, 256, 4) and x_d.shape == (1, 256, 6)
 
@@ -612,31 +612,126 @@ def test_models_that_do_not_go_together_are_one_line(runs, tmp_path):
         train.main([*start, "--prior", str(tmp_path / "prior.pth")])
 
 
+def test_what_others_were_made_with_is_never_trained_on(runs, tmp_path):
+    """A finished tokenizer or prior stays as it is; a longer one needs another folder.
+
+    Otherwise tokens and runs made with it would be of no use any more.
+    """
+    shutil.copytree(runs, tmp_path / "runs")
+    arguments = ["--runs", str(tmp_path / "runs"), *SMALL, "--steps", "4"]
+    before = dataset.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
+    for kind in ("vae", "vq", "prior"):
+        words = f"{kind}/last.pt is finished after 2 steps, not 3, and is not trained on"
+        with pytest.raises(SystemExit, match=words):
+            train.main([*arguments, f"--{kind}-steps", "3"])
+    after = dataset.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
+    assert before == after
+    assert weights(tmp_path / "runs" / "shapes-dcmix", "step") == 2
+
+
 def test_models_of_other_tokens_are_not_gone_on_with(runs, tmp_path):
     """Another bit tokenizer makes other tokens: neither the old prior nor the old MixAR fits them.
-
-    A longer --vq-steps trains on.
     """
     shutil.copytree(runs, tmp_path / "runs")
     shared = tmp_path / "runs" / "shapes"
-    arguments = ["--runs", str(tmp_path / "runs"), *SMALL, "--steps", "4", "--vq-steps", "3"]
+    running.change_weight(shared / "vq" / "last.pt", "decoder.conv_out.bias")
+    arguments = ["--runs", str(tmp_path / "runs"), *SMALL, "--steps", "4"]
     with pytest.raises(SystemExit, match="tokens was made with vq .*, not .* remove it"):
         train.main(arguments)
-    assert weights(shared / "vq", "step") == 3
     shutil.rmtree(shared / "tokens")
-    with pytest.raises(SystemExit, match="prior was made with vq .*, not .* remove it"):
+    with pytest.raises(SystemExit, match="prior/last.pt was made with vq .*, not .* remove it"):
         train.main(arguments)
     shutil.rmtree(shared / "prior")
     with pytest.raises(SystemExit, match="shapes-dcmix/last.pt was made with vq .*, not "):
         train.main(arguments)
 
 
-def test_tokens_of_another_data_set_are_refused(runs, tmp_path):
+def test_every_start_says_how_far_each_stage_is(runs, tmp_path, capsys, no_pictures):
+    """It names what differs from the settings that a stage was begun with."""
+    run = copy_run(runs, tmp_path / "run")
+    flags = ["--steps", 3, "--lr", 1e-3, "--prior-steps", 1]
+    train.main(mixar(runs, run, *flags))
+    said = capsys.readouterr().out.splitlines()
+    assert said[:5] == [
+        "data: 64 pictures in 10 classes",
+        "vae: done, step 2 of 2",
+        "vq: done, step 2 of 2",
+        "prior: done, step 2 of 1 (begun with steps 2, not 1)",
+        "mixar: goes on at step 2 of 3 (begun with steps 2, not 3, lr 0.0006, not 0.001)"]
+    train.main(mixar(runs, tmp_path / "other", "--steps", 1, "--seed", 7, "--amp", "bf16"))
+    said = capsys.readouterr().out
+    assert "vae: done, step 2 of 2 (begun with amp fp32, not bf16, seed 0, not 7)" in said
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--ti-mix"], "last.pt was made with ti_mix False, not True"),
+    (["--init", "RUN"], "last.pt was made with init False, not True"),
+    (["--guidance", "none"], "last.pt was made with guidance dcmix, not none"),
+    (["--images", "32"], "vae/last.pt was made with names .*; pictures 64, not 32"),
+    (["--mirror"], "vae/last.pt was made with mirror False, not True"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_run_is_not_gone_on_with_as_another_model(runs, tmp_path, flags, words):
+    run = copy_run(runs, tmp_path / "run")
+    flags = [str(runs / "shapes-dcmix") if flag == "RUN" else flag for flag in flags]
+    with pytest.raises(SystemExit, match=words):
+        train.main(mixar(runs, run, "--steps", 3, *flags))
+    assert weights(run, "step") == 2
+
+
+def test_a_picture_that_a_killed_stage_lacks_is_drawn(runs, tmp_path):
+    """Killed between the last step and the picture: the next start draws it."""
+    shutil.copytree(runs / "shapes" / "vae", tmp_path / "shapes" / "vae")
+    picture = tmp_path / "shapes" / "vae" / "reconstructions.png"
+    picture.unlink()
+    train.main(["--runs", str(tmp_path), *SMALL, "--stage", "vae"])
+    assert picture.read_bytes() == (runs / "shapes/vae/reconstructions.png").read_bytes()
+
+
+def test_tokenizers_of_other_pictures_are_refused(runs, tmp_path):
     """A folder of pictures called shapes has its runs where those of the embedded set are."""
     (tmp_path / "shapes").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "shapes" / "a.png")
-    with pytest.raises(SystemExit, match="tokens was made with data shapes, not "):
+    with pytest.raises(SystemExit, match="vae/last.pt was made with .*pictures 64, not 1"):
         train.main(mixar(runs, tmp_path / "run", "--data", tmp_path / "shapes"))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--runs", "PLACE"], ["--runs", "PLACE/pets/cat"], ["--out", "PLACE/pets/run"],
+], ids=" ".join)
+def test_runs_are_never_written_into_the_data(tmp_path, flags):
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "pets" / "cat" / "a.png")
+    flags = [flag.replace("PLACE", str(tmp_path)) for flag in flags]
+    with pytest.raises(SystemExit, match="pets lie one in the other"):
+        train.main(["--data", str(tmp_path / "pets"), *flags])
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
+    with dataset.locked(tmp_path / "run"):
+        with pytest.raises(SystemExit, match="run: another program is writing into this folder"):
+            train.main(mixar(runs, tmp_path / "run", "--steps", 1))
+
+
+def test_an_official_mar_can_be_the_start(runs, tmp_path, no_pictures):
+    """Its weights, bare in a file, are those of the first step. Only plain MAR can start so."""
+    train.main(mixar(runs, tmp_path / "first", "--guidance", "none", "--steps", 1))
+    official = tmp_path / "mar.pth"
+    torch.save(dict(model=weights(tmp_path / "first"), model_ema=weights(tmp_path / "first")),
+               official)
+    flags = ["--init", official, "--steps", 1, "--lr", 0]
+    train.main(mixar(runs, tmp_path / "run", "--guidance", "none", *flags))
+    assert same_weights(weights(tmp_path / "first"), weights(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="has none as its guidance; .* has dcmix"):
+        train.main(mixar(runs, tmp_path / "other", *flags))
+
+
+def test_weights_that_are_not_finite_are_never_saved(runs, tmp_path, no_pictures):
+    """So high a rate breaks the weights in one step, before any loss can tell."""
+    run = copy_run(runs, tmp_path / "run")
+    with pytest.raises(SystemExit, match="mixar: .*not finite.* lower --lr"):
+        train.main(mixar(runs, run, "--steps", 40, "--save-every", 1, "--lr", 1e38))
+    assert all(value.isfinite().all() for value in weights(run).values())
 
 
 def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
@@ -650,7 +745,7 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
 
 def test_a_run_knows_the_statistics_of_its_latents(runs):
     """sample.py multiplies x_c by the deviation and adds the mean that the cache holds."""
-    cache = tokenizers.read_json(runs / "shapes" / "tokens" / "meta.json")
+    cache = dataset.read_json(runs / "shapes" / "tokens" / "meta.json")
     meta = weights(runs / "shapes-dcmix", "meta")
     assert meta["latent_mean"] == cache["mean"]
     assert meta["latent_std"] == cache["std"]
@@ -760,15 +855,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     """A resume names every missing, unexpected and mis-shaped weight, in one line."""
     args = train.parse([])
     config = backbone.PRESETS["tiny"]["vae"]
-    state = train.State(args, "vae", tmp_path, config, {}, None)
-    state.save()
+    about = dict(kind="vae", config=config, settings={}, args=vars(args))
+    train.State(args, "vae", tmp_path, config, about).save()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     del saved["model"]["quant_conv.bias"]
     saved["model"]["other"] = torch.zeros(1)
     saved["model"]["post_quant_conv.bias"] = torch.zeros(3)
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(SystemExit) as error:
-        train.State(args, "vae", tmp_path, config, {}, None)
+        train.fit(args, "vae", tmp_path, config, {}, None, 8, None)
     line = str(error.value)
     assert line.startswith(str(tmp_path / "last.pt")) and "\n" not in line
     assert 'Missing key(s) in state_dict: "quant_conv.bias"' in line
@@ -842,7 +937,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 def test_a_file_cannot_be_a_folder_of_runs(runs, tmp_path, flag):
     (tmp_path / "file").touch()
     flags = mixar(runs, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="file.* cannot be a folder") as error:
+    with pytest.raises(SystemExit, match="cannot go on: .*file") as error:
         train.main([*flags, flag, str(tmp_path / "file")])
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,613 @@
+"""The pictures I, and the token cache: Eq. (7) for all of them, once.
+
+Pictures come from the embedded set `shapes`, class folders or MNIST-family files. `cache_tokens`
+writes x_c and x_d of all pictures, and training reads them by `Tokens`. The rules for reading and
+writing files are here, too: `reading`, `check_same`, `locked` and `write_whole`.
+
+n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
+Reads tokenizers.py and picture files. Feeds train.py, sample.py and fid.py. Read mixing.py next.
+Try: python train.py --data DIR --stage cache
+"""
+import colorsys
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import cos, hypot, pi, sin
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import tokenizers
+
+
+def center_crop(image, size):
+    """ADM's centre crop of a Pillow image to size x size.   [MAR]"""
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_rgb(path):
+    """Any picture as RGB: transparency is laid on white, 16-bit grey scaled to 8 bits.   [ours]
+
+    ValueError for values of unknown range, and for strips of which a square crop shows nothing.
+    """
+    with Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f"a strip of {image.width} x {image.height} pixels")
+        # Phones store a picture as their sensor lay, and how to turn it.
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            grey = np.asarray(image, np.float64) / 257
+            image = Image.fromarray(grey.astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+# A data set is a class like the three below and an `if` in open_source. It is made from a folder,
+# the split ("train" or "test"), the size of the pictures, and how many are wanted, None for all.
+# It has
+#     classes, labels    the names of the classes, and the class of every picture, (n,) int64
+#     names              a text for every picture that tells it from all others, also from those
+#                        of other data sets, and does not change when the folder is moved
+#     mirror             whether training may mirror the pictures, unless --mirror says otherwise
+#     held_out           for split "test": whether its pictures are not those of split "train"
+#     size               height and width of the pictures
+#     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
+
+
+def choose(n, count):
+    """`count` picture numbers out of n, at random but always the same; all in order if None."""
+    if count is None:
+        return np.arange(n)
+    return np.random.RandomState(0).permutation(n)[:count]
+
+
+def hidden(name):
+    """Whether a file or folder of this name belongs to an operating system or is hidden."""
+    return name[0] in ".@#$" or name in ("__MACOSX", "lost+found")
+
+
+def printable(path):
+    """A path as text, also where its name is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def files_below(folder):
+    """The files below a folder, sorted, without hidden ones."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not hidden(name)]
+        found += [Path(place, name) for name in files if not hidden(name)]
+    return sorted(path for path in found if path.is_file())
+
+
+def folders_in(folder):
+    """The folders in a folder that are not hidden. Names that are numbers are sorted as numbers."""
+    found = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.name)]
+    numbers = sorted((p for p in found if p.name.isdecimal()), key=lambda p: (int(p.name), p.name))
+    return numbers + sorted(path for path in found if not path.name.isdecimal())
+
+
+def find_split(root, split):
+    """The folder with the pictures of a split, and whether it is held out from training.
+
+    `root` holds splits if it has a folder of each kind, or no other folders.
+    """
+    folders = {path.name.lower(): path for path in folders_in(root)}
+    train = [folders.pop(name) for name in ("train", "training") if name in folders]
+    held_out = [folders.pop(name) for name in ("val", "valid", "validation", "test", "testing")
+                if name in folders]
+    if not (train and held_out or (train or held_out) and not folders):
+        return root, False
+    if split == "test" and train and held_out:
+        return held_out[0], True
+    return (train + held_out)[0], False
+
+
+class Folder:
+    """Class folders, DIR/class/picture. Without class folders, DIR is one class.
+
+    The splits are the folders DIR/train and DIR/val (or test), if they are there.
+    """
+
+    # Mirror images are cached, too.   [MAR]
+    mirror = True
+
+    def __init__(self, root, split, size, count):
+        root, self.held_out = find_split(root, split)
+        self.size = size
+        endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        folders = folders_in(root)
+        loose = [path for path in root.iterdir() if path.suffix.lower() in endings]
+        if folders and loose:
+            raise SystemExit(f"{root}: {len(loose)} pictures, such as {loose[0].name}, lie beside "
+                             f"the folder {folders[0].name}; put every picture into a class folder")
+        files = []
+        labels = []
+        others = 0
+        for label, folder in enumerate(folders or [root]):
+            below = files_below(folder)
+            found = [path for path in below if path.suffix.lower() in endings]
+            if not found:
+                raise SystemExit(f"{folder}: none of its {len(below)} files is a picture that "
+                                 "Pillow can open; a class folder needs one")
+            files += found
+            labels += [label] * len(found)
+            others += len(below) - len(found)
+        if others:
+            print(f"{root}: {others} files that are no pictures are left out")
+        self.classes = [printable(folder.resolve().name) for folder in folders or [root]]
+        keep = choose(len(files), count)
+        self.files = [files[i] for i in keep]
+        self.labels = np.array(labels)[keep]
+        self.names = [f"{printable(path.relative_to(root))} {path.stat().st_size}"
+                      for path in self.files]
+
+    def read(self, i):
+        # A damaged picture can fail in any way.
+        try:
+            image = center_crop(read_rgb(self.files[i]), self.size)
+        except Exception as error:
+            return f"{printable(self.files[i])}: {error}"
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def idx_files(root, pattern="*"):
+    """The MNIST-family files in a folder, gz or not, whose names end as the pattern says."""
+    return sorted(path for path in root.glob(f"{pattern}idx?-ubyte*") if path.is_file())
+
+
+def read_idx(root, part, content, axes):
+    """The uint8 array, of so many axes, in the file of a part ("train") and content ("images").
+
+    A file name may begin with anything, as in emnist-letters-train-images-idx3-ubyte.
+    """
+    found = idx_files(root, f"*{part}-{content}?")
+    if len({path.name.removesuffix(".gz") for path in found}) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise SystemExit(f"{root}: one file ...{part}-{content}-idx{axes}-ubyte[.gz] is needed, "
+                         f"it has {names}")
+    with reading(found[0], "readable idx file"):
+        data = found[0].read_bytes()
+        if found[0].suffix == ".gz":
+            data = gzip.decompress(data)
+        if data[:4] != bytes([0, 0, 8, axes]):
+            raise ValueError(f"it does not hold bytes along {axes} axes")
+        shape = np.frombuffer(data, ">u4", axes, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+class Idx:
+    """MNIST-family files. Small pictures are padded with black to `size`, larger ones resized."""
+
+    # Digits and shoes point one way.
+    mirror = False
+    clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+    # How the labels of Fashion-MNIST begin.
+    fashion = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+
+    def __init__(self, root, split, size, count):
+        held_out = [part for part in ("t10k", "test") if idx_files(root, f"*{part}-labels?")]
+        self.held_out = split == "test" and len(held_out) > 0
+        self.size = size
+        part = held_out[0] if self.held_out else "train"
+        images = read_idx(root, part, "images", 3)
+        labels = read_idx(root, part, "labels", 1)
+        if len(images) != len(labels):
+            raise SystemExit(f"{root}: {len(images)} pictures do not fit {len(labels)} labels")
+        training = read_idx(root, "train", "labels", 1)
+        # The labels of EMNIST's letters begin with 1.
+        values = np.union1d(training, labels)
+        self.classes = [str(value) for value in values]
+        if training[:10].tolist() == self.fashion:
+            self.classes = self.clothes
+        digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        keep = choose(len(labels), count)
+        self.images = images[keep]
+        self.labels = np.searchsorted(values, labels[keep])
+        self.names = [f"{digest} {i}" for i in keep]
+
+    def read(self, i):
+        image = self.images[i]
+        if max(image.shape) > self.size:
+            image = np.asarray(center_crop(Image.fromarray(image), self.size))
+        # The rows and columns that are missing are split between both sides.
+        rows, columns = (self.size - side for side in image.shape)
+        edges = ((rows // 2, (rows + 1) // 2), (columns // 2, (columns + 1) // 2))
+        return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
+
+
+class Shapes:
+    """The embedded set: ten classes of shapes; picture i is a function of (split, i).   [ours]
+
+    Colours, pose, background and stripes are continuous: they say more than the bits can keep.
+    """
+
+    classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
+    mirror = False
+    held_out = True
+
+    def __init__(self, split, size, count):
+        self.seed = 0 if split == "train" else 1
+        self.size = size
+        self.labels = np.arange(count) % 10
+        self.names = [f"shapes {split} {i}" for i in range(count)]
+
+    @staticmethod
+    def distances(x, y):
+        """Signed distances of points to the outlines of all classes; inside they are negative."""
+        r = np.hypot(x, y)
+        ax, ay = abs(x), abs(y)
+        intersect, unite = np.maximum, np.minimum
+        # Folding maps the ten edges of the star to one, from the tip (0, 1) to 0.42 (px, py).
+        fold = abs(np.arctan2(x, y) % (2 * pi / 5) - pi / 5)
+        px, py = cos(pi / 5), sin(pi / 5)
+        star = (r * np.cos(fold) - 0.42) * py - r * np.sin(fold) * (px - 0.42)
+        upright = intersect(ax - 0.28, ay - 0.9)
+        level = intersect(ax - 0.9, ay - 0.28)
+        round_tops = np.hypot(ax - 0.4, y - 0.3) - 0.566
+        shaft = intersect(ax - 0.22, abs(y + 0.4) - 0.5)
+        tip = intersect((ax + y - 0.9) / 1.414, -y)
+        # In the order of `classes`.
+        return [
+            r - 0.85,
+            abs(r - 0.67) - 0.22,
+            intersect(ax, ay) - 0.75,
+            intersect(0.866 * ax + 0.5 * y, -y) - 0.5,
+            star / hypot(px - 0.42, py),
+            unite(upright, level),
+            unite((ax + abs(y + 0.1) - 0.8) / 1.414, round_tops),
+            intersect(r - 0.9, 0.72 - np.hypot(x - 0.5, y)),
+            unite(shaft, tip),
+            intersect(ay - 0.85, (ax - 0.95 * ay - 0.05) / 1.38),
+        ]
+
+    def read(self, i):
+        u = np.random.Generator(np.random.Philox(key=[self.seed, i])).random(16)
+        axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
+        X, Y = axis[None, :], -axis[:, None]
+        # The pixels as the shape sees them: moved, scaled, turned.
+        radius = 0.68 + 0.22 * u[0]
+        turn = 0.4 * (u[1] - 0.5)
+        dx = (X - 0.2 * (u[2] - 0.5)) / radius
+        dy = (Y - 0.2 * (u[3] - 0.5)) / radius
+        x = dx * cos(turn) + dy * sin(turn)
+        y = dy * cos(turn) - dx * sin(turn)
+        # How much of every pixel the shape covers: its edge is one pixel wide.
+        distance = self.distances(x, y)[self.labels[i]]
+        inside = np.clip(0.5 - distance * radius * self.size / 2, 0, 1)
+        ramp = (1 + X * cos(6.28 * u[4]) + Y * sin(6.28 * u[4])) / 2
+        start = colour(u[5], 0.7 * u[6], 0.1 + 0.35 * u[7])
+        end = colour(u[8], 0.7 * u[9], 0.1 + 0.35 * u[10])
+        ground = start * (1 - ramp) + end * ramp
+        along = x * cos(3.14 * u[12]) + y * sin(3.14 * u[12])
+        stripes = np.sin((6 + 8 * u[11]) * along)
+        figure = colour(u[13], 0.4 + 0.6 * u[14], 0.8) * (1 + 0.25 * u[15] * stripes)
+        picture = ground * (1 - inside) + figure * inside
+        return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+def colour(h, s, v):
+    """Hue, saturation and value as an RGB array (3, 1, 1)."""
+    return np.array(colorsys.hsv_to_rgb(h, s, v))[:, None, None]
+
+
+def open_source(data, split, size, count):
+    """The pictures of `data`, "shapes" or a folder, of split "train" or "test" (the held-out ones).
+    size is their height and width, count how many; None: all (of the endless shapes 10,000)."""
+    root = Path(data)
+    if data == "shapes":
+        source = Shapes(split, size, count or 10000)
+    elif not root.is_dir():
+        raise SystemExit(f"--data {data}: no such folder; give a folder of pictures, or shapes")
+    elif idx_files(root):
+        source = Idx(root.resolve(), split, size, count)
+    elif idx_files(root / "raw"):
+        raise SystemExit(f"--data {data}: its files lie in {root / 'raw'}; give that folder")
+    else:
+        source = Folder(root.resolve(), split, size, count)
+    source.data = data if data == "shapes" else str(root.resolve())
+    source.skipped = []
+    return source
+
+
+def describe(source, skipped):
+    """What tells the pictures of a source from others, wherever they lie and but for those skipped.
+
+    skipped: the names of unreadable pictures, which may be removed or left
+    """
+    names = sorted(set(source.names) - set(skipped))
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return dict(size=source.size, mirror=source.mirror, pictures=len(names), names=digest[:16])
+
+
+def read_all(source):
+    """All pictures that can be read, uint8 (n, 3, H, W), and their labels (n,)."""
+    n = len(source.labels)
+    with ThreadPoolExecutor() as threads:
+        found = list(tqdm(threads.map(source.read, range(n)), "pictures", n, leave=False))
+    bad = [i for i in range(n) if isinstance(found[i], str)]
+    report_skipped(source, {i: found[i] for i in bad})
+    good = np.setdiff1d(np.arange(n), bad)
+    return np.stack([found[i] for i in good]), source.labels[good]
+
+
+def report_skipped(source, reasons):
+    """Note in source.skipped which pictures cannot be read, and print why {number: reason}.
+
+    SystemExit if none can be read.
+    """
+    n = len(source.labels)
+    if len(reasons) == n:
+        first = next(iter(reasons.values()))
+        raise SystemExit(f"{source.data}: none of its {n} pictures could be read, such as {first}")
+    source.skipped = [source.names[i] for i in reasons]
+    if reasons:
+        print(f"skipped {len(reasons)} unreadable of {n} pictures:", *reasons.values(), sep="\n  ")
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever goes wrong inside ends the program with one line: PATH: not a WHAT: reason."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"missing {reason}"
+        raise SystemExit(f"{path}: not a {what}: {reason}") from None
+
+
+def differences(was, now):
+    """A text for every entry in which two dicts differ, also in dicts within them.
+
+    An entry that only one of them has is not compared: files of earlier versions have fewer.
+    """
+    for name in was.keys() & now.keys():
+        old, new = was[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield f"{name} {old}, not {new}"
+
+
+def check_same(path, was, now):
+    """SystemExit naming what differs between two dicts that say how `path` was made."""
+    # Tuples become lists, as in files.
+    different = "; ".join(sorted(differences(*json.loads(json.dumps([was, now])))))
+    if different:
+        raise SystemExit(f"{path} was made with {different}: choose another --runs or --out "
+                         "folder, or remove it")
+
+
+@contextmanager
+def locked(folder):
+    """Inside, no other program may write into `folder`. SystemExit if one is at it.
+
+    The system takes the lock back when a program ends in any way. What a killed one left behind
+    half written is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder}: another program is writing into this folder; wait for "
+                             "its end or choose another --runs or --out") from None
+        for leftover in folder.glob(".*.unfinished"):
+            leftover.unlink()
+        yield
+
+
+def write_whole(path, write):
+    """Write a file by write(file), whole or not at all. SystemExit where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    # On a full disk torch.save raises a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def read_json(path):
+    """The dict that write_json wrote, or {} if there is no such file."""
+    with reading(path, "readable note; remove it"):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def fingerprint(module):
+    """16 hexadecimal digits that tell the weights of a module from others."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode(pictures, vae, vq, device, mirror):
+    """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
+
+    F is 2 with mirror images, else 1.
+    Returns a dict: moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and
+    indices (b, F, h, w), int32 codes of x_d.
+    """
+    x = torch.tensor(pictures).to(device).float() / 255
+    views = [x, x.flip(3)] if mirror else [x]
+    x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
+    moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
+    indices = tokenizers.bits_to_codes(tokenizers.quantise(vq.encode(x)).movedim(1, -1)).int()
+    rows = dict(moments=moments, indices=indices)
+    return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
+
+
+# The files of a token cache, each with a row for every picture, and their types.
+ARRAYS = dict(moments=np.float16, indices=np.int32, status=np.uint8, labels=np.int64)
+
+
+def open_arrays(folder, mode):
+    """The arrays of a token cache as a dict, on the disk. SystemExit naming one that is damaged."""
+    arrays = {}
+    for name, kind in ARRAYS.items():
+        path = folder / f"{name}.npy"
+        with reading(path, f"part of a token cache (remove {folder} to make it again)"):
+            arrays[name] = np.load(path, mmap_mode=mode)
+            rows = len(arrays["moments"])
+            if arrays[name].dtype != kind or len(arrays[name]) != rows:
+                found = f"{len(arrays[name])} rows of {arrays[name].dtype}"
+                raise ValueError(f"it has {found}, not {rows} of {np.dtype(kind)}")
+    return arrays
+
+
+def begin_cache(folder, source, row):
+    """Make the files of a token cache for all pictures of a source; `row` has one row of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(source.labels)
+    need = sum(n * value.nbytes for value in row.values())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise SystemExit(f"{folder}: the tokens of {n} pictures take {need / 1e9:.3g} GB, but "
+                         f"{free / 1e9:.3g} GB are free; choose another --runs, or --images")
+    for name, value in row.items():
+        shape = (n, *value.shape[1:])
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", ARRAYS[name], shape)
+        if name == "labels":
+            array[:] = source.labels
+
+
+def cache_tokens(folder, source, vae, vq, device, batch=None):
+    """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy; see `encode`.
+
+    status.npy holds 0 for a picture to do, 1 for one done and 2 for an unreadable one, so that a
+    killed run goes on. meta.json holds the mean and deviation of x_c. One process writes them.
+    SystemExit if the folder was made from other pictures or tokenizers.
+    """
+    meta = read_json(folder / "meta.json")
+    made_with = dict(vae=fingerprint(vae), vq=fingerprint(vq), data=source.data)
+    if not meta:
+        # The row of a black picture tells the shapes.
+        black = np.zeros((1, 3, source.size, source.size), np.uint8)
+        row = encode(black, vae, vq, device, source.mirror)
+        row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
+        begin_cache(folder, source, row)
+        meta = dict(made_from=describe(source, []) | made_with, classes=source.classes, skipped=[])
+        write_json(folder / "meta.json", meta)
+    with reading(folder / "meta.json", "note of a token cache; remove it"):
+        # Where the pictures lie does not matter.
+        was = meta["made_from"] | dict(data=source.data)
+        now = describe(source, meta["skipped"]) | made_with
+    check_same(folder, was, now)
+    if "mean" in meta:
+        return
+    arrays = open_arrays(folder, "r+")
+    fill_cache(arrays, source, vae, vq, device, batch or 2 ** 19 // source.size ** 2)
+    mean, std = statistics(arrays["moments"], np.flatnonzero(arrays["status"] == 1))
+    bits = vq.quantize.codebook.shape[1]
+    meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,
+                 mean=mean, std=std, bits=bits)
+    write_json(folder / "meta.json", meta)
+
+
+def fill_cache(arrays, source, vae, vq, device, batch):
+    """Encode the pictures that are still to do, `batch` at once, into the arrays of a cache."""
+    status = arrays["status"]
+    reasons = {}
+    with ThreadPoolExecutor() as threads:
+        for start in tqdm(range(0, len(status), batch), "tokens", unit="batch"):
+            rows = start + np.flatnonzero(status[start:start + batch] != 1)
+            pictures = dict(zip(rows, threads.map(source.read, rows)))
+            reasons |= {i: picture for i, picture in pictures.items() if isinstance(picture, str)}
+            good = [i for i in rows if i not in reasons]
+            if good:
+                x = np.stack([pictures[i] for i in good])
+                for name, value in encode(x, vae, vq, device, source.mirror).items():
+                    arrays[name][good] = value
+            # The status comes last, when the rows themselves are there.
+            status[rows] = 2
+            status[good] = 1
+    report_skipped(source, reasons)
+
+
+def statistics(moments, rows):
+    """Mean and deviation of every channel of x_c, of up to 10,000 pictures.   [VA-VAE]"""
+    rows = np.sort(np.random.RandomState(0).permutation(rows)[:10000])
+    mean, logvar = torch.tensor(moments[rows, 0]).float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    x_c = tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise)          # (n, d_c, h, w)
+    std, mean = torch.std_mean(x_c, (0, 2, 3))
+    return mean.tolist(), std.tolist()
+
+
+def latent_statistics(mean, std):
+    """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
+    mean = torch.tensor(mean, dtype=torch.float32)
+    std = torch.tensor(std, dtype=torch.float32)
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError(f"mean {mean.tolist()} and deviation {std.tolist()} of x_c")
+    return mean, std
+
+
+class Tokens:
+    """The token cache in `folder`: x_c and x_d of n pictures with `labels` (n,) in `classes`."""
+
+    def __init__(self, folder):
+        arrays = open_arrays(folder, "r")
+        with reading(folder, "complete token cache; remove it to make it again"):
+            meta = read_json(folder / "meta.json")
+            self.made_from = meta["made_from"]
+            self.classes = meta["classes"]
+            self.bits = meta["bits"]
+            self.mean, self.std = latent_statistics(meta["mean"], meta["std"])
+            self.rows = np.flatnonzero(arrays["status"] == 1)
+            self.labels = arrays["labels"][self.rows]
+            if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+                raise ValueError(f"labels.npy has classes beyond {len(self.classes)}")
+        self.moments = arrays["moments"]
+        self.indices = arrays["indices"]
+        self.n = len(self.rows)
+        self.N = self.indices[0, 0].size
+        self.d_c = len(self.mean)
+
+    def batch(self, pictures, rng):
+        """The tokens of `pictures`, (B,) numbers below n, or of their mirror images, at random.
+
+        Returns the normalised posterior's mean and deviation (B, N, d_c), x_d (B, N, d_d), y (B,).
+        """
+        rows = self.rows[pictures]
+        view = (rng(torch.rand).cpu().numpy() * self.indices.shape[1]).astype(int)
+        moments = torch.tensor(self.moments[rows, view]).float()     # (B, 2 d_c, h, w)
+        mean, logvar = moments.flatten(2).transpose(1, 2).chunk(2, dim=2)
+        mean = (mean - self.mean) / self.std                         # (B, N, d_c)
+        std = (0.5 * logvar).exp() / self.std
+        codes = torch.tensor(self.indices[rows, view]).flatten(1)    # (B, N)
+        x_d = tokenizers.codes_to_bits(codes[..., None], self.bits)             # (B, N, d_d)
+        return mean, std, x_d, torch.tensor(self.labels[pictures])
