@@ -379,8 +379,8 @@ def differences(was, now):
 
     An entry that only one of them has is not compared: files of earlier versions have fewer.
     """
-    for name in was.keys() & now.keys():
-        old, new = was[name], now[name]
+    for name in was:
+        old, new = was[name], now.get(name, was[name])
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new)
         elif old != new:

@@ -1,12 +1,12 @@
 """Two sets of pictures compared: FID, inception score and rFID. Section 4, Tables 1 and 2.
 
-`main` is the whole program: open the feature network, measure B, measure A, compare, report.
+`evaluate` is the whole program: open the feature network, measure B, measure A, compare, report.
 `measure` streams pictures through the network and takes mean and covariance of the features;
 `frechet_distance` compares those of two sets. The released Inception network makes it FID. A small
 classifier of the data set gives other features, whose distance is never called FID.
 
 A run is sampled with its own settings. For other settings, sample.py first writes the pictures.
-Reads runs through sample.py and data sets through tokenizers.py, writes JSON. It is the last file.
+Reads runs through sample.py and data sets through dataset.py, writes JSON. It is the last file.
 Try: python fid.py runs/shapes-dcmix shapes
 
 B batch, n pictures, d features, K classes. All statistics are float64.
@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -482,6 +483,10 @@ class PictureSet:
             pictures = pictures[:count].transpose(0, 3, 1, 2)
             return len(pictures), lambda numbers: pictures[numbers], note
         source = dataset.open_source(self.what, "test", size, count)
+        counts = np.bincount(source.labels, minlength=len(source.classes))
+        if counts.max() > 2 * counts.min():
+            print(f"{self.what} has {counts.min()} to {counts.max()} pictures of a class; "
+                  "a run is sampled with as many of each")
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
         return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
 
@@ -512,12 +517,15 @@ def reconstruct(pictures, run, tokenizer):
 def load_statistics(path, extractor):
     """The statistics in an npz file, as of `measure`. SystemExit if they are of other features."""
     saved = read_npz(path, "mu", "sigma", "n", "extractor")
-    n = saved["n"].item() if "n" in saved else "not recorded"
-    name = saved["extractor"].item() if "extractor" in saved else "not recorded"
+    with dataset.reading(path, "file of statistics"):
+        mu = saved["mu"]
+        sigma = saved["sigma"]
+        n = saved["n"].item() if "n" in saved else "not recorded"
+        name = saved["extractor"].item() if "extractor" in saved else "not recorded"
     if name not in (extractor.name, "not recorded"):
         raise SystemExit(f"{path} holds features of {name}, not of {extractor.name}")
     note = dict(source=path, kind="statistics", count=n, extractor=name)
-    return dict(mu=saved["mu"], sigma=saved["sigma"], n=n, note=note)
+    return dict(mu=mu, sigma=sigma, n=n, note=note)
 
 
 @torch.no_grad()
@@ -534,6 +542,8 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     if one.run:
         count = count or extractor.samples
     n, read, note = one.open(count, run.size if run else extractor.size, args)
+    if n < (count or 0):
+        raise SystemExit(f"{one.what} has {n} pictures, fewer than --count {count}")
     if run:
         note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
     features = [np.zeros((0, extractor.width), np.float32)]
@@ -635,15 +645,29 @@ def write_report(measured, reference, extractor, args, start):
         print(json.dumps(report, indent=1))
 
 
+def check_writable(file, args):
+    """SystemExit, before anything is measured, if a file of the command could not be written."""
+    path = Path(file)
+    if path.is_dir():
+        raise SystemExit(f"{file} is a folder; name a file")
+    if path.resolve() in (Path(args.pictures).resolve(), Path(args.reference or "").resolve()):
+        raise SystemExit(f"{file} is what is to be measured; name another file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def main(argv=None):
-    start = time.time()
     args = parse(argv)
-    train.exit_on_signal()
+    with train.one_end():
+        evaluate(args)
+
+
+def evaluate(args):
+    """The whole program: see the head of this file."""
+    start = time.time()
     for file in (args.json, args.save_stats):
-        if file and Path(file).is_dir():
-            raise SystemExit(f"{file} is a folder; name a file")
-        if file and file in (args.pictures, args.reference):
-            raise SystemExit(f"{file} is what is to be measured; name another file to write")
+        if file:
+            check_writable(file, args)
     # features are fp32 on every device
     torch.backends.cudnn.allow_tf32 = False
     a = PictureSet(args.pictures, args.device)

@@ -342,18 +342,16 @@ def read_stage(args, kind, folder, fixed):
     with dataset.reading(path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
-        begun_with = dict(saved["settings"])
-        fixed = dict(fixed)
-        now = dict(recipe, amp=args.amp)
-        if step >= was["steps"] and kind != "mixar":
-            # a finished stage is used as it is
-            was["seed"] = begun_with.pop("seed")
-            now["seed"] = fixed.pop("seed")
-            begun_with.pop("batch")
-        dataset.check_same(path, begun_with, fixed)
-    if was["steps"] <= step < recipe["steps"] and kind != "mixar":
+        was["seed"] = saved["settings"]["seed"]
+        closed = step >= was["steps"] and kind != "mixar"
+        if not closed:
+            # they decide about the pictures in each batch
+            fixed = fixed | dict(seed=args.seed, batch=recipe["batch"])
+        dataset.check_same(path, saved["settings"], fixed)
+    if closed and step < recipe["steps"]:
         raise SystemExit(f"{path} is finished after {step} steps, not {recipe['steps']}, and is "
                          f"not trained on: choose another --runs, or --{kind}-steps {step}")
+    now = dict(recipe, amp=args.amp, seed=args.seed)
     changes = ", ".join(dataset.differences(was, now))
     return saved, f" (begun with {changes})" if changes else ""
 
@@ -493,16 +491,17 @@ def fit(args, kind, folder, config, fixed, loss, n, get_batch, preview=None, met
     meta: what a checkpoint says beside the model, for sample.py
     """
     rank, _ = world()
-    steps = args.recipe[kind]["steps"]
-    about = dict(kind=kind, config=config, settings=fixed, meta=meta, args=vars(args))
+    recipe = args.recipe[kind]
+    settings = fixed | dict(seed=args.seed, batch=recipe["batch"])
+    about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
     with dataset.locked(folder) if rank == 0 else nullcontext():
         saved, begun = read_stage(args, kind, folder, fixed)
         state = State(args, kind, folder, config, about)
         if saved:
             with dataset.reading(state.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
-            how_far = "done," if state.step >= steps else "goes on at"
-            say(f"{kind}: {how_far} step {state.step} of {steps}{begun}")
+            how_far = "done," if state.step >= recipe["steps"] else "goes on at"
+            say(f"{kind}: {how_far} step {state.step} of {recipe['steps']}{begun}")
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, kind, state, Loss(state.model.train(), loss), n, get_batch, preview)
@@ -565,11 +564,6 @@ def is_done(args, kind, folder, fixed):
     return done
 
 
-def order_of(args, kind):
-    """What decides about the pictures in each batch of a stage."""
-    return dict(seed=args.seed, batch=args.recipe[kind]["batch"])
-
-
 def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     import sample                                                            # it imports this file
@@ -579,8 +573,7 @@ def train_tokenizer(args, shared, kind, source):
     config = backbone.PRESETS[args.preset][kind]
 
     def fixed(skipped):
-        pictures = dataset.describe(source, skipped)
-        return dict(config=config, pictures=pictures, **order_of(args, kind))
+        return dict(config=config, pictures=dataset.describe(source, skipped))
 
     if figure.is_file() and is_done(args, kind, folder, fixed(skipped_before(folder, kind))):
         return
@@ -614,7 +607,7 @@ def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
     config |= backbone.PRESETS[args.preset]["prior"]
-    fixed = dict(config=config, tokens=tokens.made_from, **order_of(args, "prior"))
+    fixed = dict(config=config, tokens=tokens.made_from)
     if not is_done(args, "prior", shared / "prior", fixed):
         fit(args, "prior", shared / "prior", config, fixed, prior_loss, tokens.n, tokens.batch,
             meta=dict(tokens=tokens.made_from))
@@ -638,7 +631,7 @@ def train_mixar(args, shared, run, tokens):
                   guidance=args.guidance, mix_at=args.mix_at)
     config |= backbone.PRESETS[args.preset]["mar"]
     fixed = dict(config=config, tokens=tokens.made_from, ti_mix=args.ti_mix,
-                 init=args.init is not None, **order_of(args, "mixar"))
+                 init=args.init is not None)
     meta = sample.describe_run(args, shared, run, tokens, prior)
     loss = partial(mixar_loss, prior=prior.to(args.device), args=args)
 
@@ -718,7 +711,8 @@ def within(low, high=math.inf, kind=float):
     def number(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):                    # nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+            end = ")" if math.isinf(high) else "]"
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}{end}")
         return value
     return number
 
