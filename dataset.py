@@ -572,7 +572,7 @@ def latent_statistics(mean, std):
     mean = torch.tensor(mean, dtype=torch.float32)
     std = torch.tensor(std, dtype=torch.float32)
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(f"mean {mean.tolist()} and deviation {std.tolist()} of x_c")
+        raise ValueError("mean and deviation of x_c must be finite, the deviation above 0")
     return mean, std
 
 

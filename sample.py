@@ -222,7 +222,7 @@ class System:
         model, checkpoint = backbone.load_model(self.path, "mixar")
         self.model = model.to(self.device)
         with dataset.reading(self.path, "checkpoint of a run"):
-            self.step = checkpoint["step"]
+            self.step = int(checkpoint["step"])
             self.meta = checkpoint["meta"]
             if self.meta is None:
                 self.meta = describe_official(model)
@@ -445,7 +445,7 @@ def begin_folder(folder, system, args):
     there = dataset.read_json(note)
     files = [path.name for path in folder.iterdir() if path.name[0] != "."]
     if files and not there:
-        raise SystemExit(f"{folder} holds files that are not from here, such as {files[0]}; "
+        raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
                          "choose another --out")
     if there not in ({}, settings):
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); "

@@ -200,19 +200,19 @@ def build(cls, config, state):
     # On the meta device no time is lost on initial weights.
     with torch.device("meta"):
         model = cls(**config)
-    model.to_empty(device="cpu").load_state_dict(state)
     check_weights(model, state)
+    model.to_empty(device="cpu").load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
 def check_weights(model, state):
     """ValueError naming a weight in `state` that is not finite or of another kind than its own."""
     for name, own in model.state_dict().items():
-        value = state[name]
+        value = state.get(name, own)                                 # load_state_dict names others
         same_kind = value.is_floating_point() == own.is_floating_point()
         if not same_kind or value.is_complex() or value.layout != torch.strided:
             raise ValueError(f"{name} holds {value.layout} {value.dtype}")
-        if not value.isfinite().all():
+        if value is not own and not value.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
 
 

@@ -379,8 +379,8 @@ class State:
     def load(self, saved):
         """Take over everything from a checkpoint of train.py."""
         for name, module in (("model", self.model), ("ema", self.ema)):
-            module.load_state_dict(saved[name])
             tokenizers.check_weights(module, saved[name])
+            module.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, moments in self.optimizer.state.items():
             if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
@@ -542,12 +542,14 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
         picture = preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
             log.write(state.step, value, lr, norm)
-            if last or stopping or picture or state.step % args.save_every == 0:
+            due = last or stopping or picture or state.step % args.save_every == 0
+            # what led to a loss that is not finite is not worth keeping
+            if due and failed == 0:
                 state.save()
-            if picture and not (last or stopping):
+            if picture and failed == 0 and not (last or stopping):
                 preview(state.ema.eval())
         if stopping:
-            say(f"\n{kind}: stopped by a signal; step {state.step} is saved in {state.path}")
+            say(f"\n{kind}: stopped by a signal at step {state.step}, saved in {state.path}")
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     exit_on_signal(received)

@@ -601,7 +601,7 @@ DAMAGE = [
     ("meta.json", lambda path: path.write_text("null"), "meta.json: not a readable note"),
     ("meta.json", lambda path: path.write_text('{"made_from": 7}'), "not a"),
     ("meta.json", lambda path: path.write_text(path.read_text().replace('"std": [', '"std": [0,')),
-     "deviation .0.0"),
+     "the deviation above 0"),
 ]
 
 

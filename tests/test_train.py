@@ -260,7 +260,7 @@ def test_sigterm_saves_and_names_the_checkpoint(runs, tmp_path):
     said, err = process.communicate(timeout=30)
     step = weights(out, "step")
     assert process.returncode == 128 + signal.SIGTERM and step >= 2
-    assert f"mixar: stopped by a signal; step {step} is saved in {out / 'last.pt'}\n" in said
+    assert f"mixar: stopped by a signal at step {step}, saved in {out / 'last.pt'}\n" in said
     assert "Traceback" not in err
 
 
@@ -287,7 +287,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(runs, tmp_path, monkeypatch, capsys, n
     with pytest.raises(SystemExit) as end:
         train.main(mixar(runs, out, "--steps", 3))
     assert end.value.code == 128 + signal.SIGINT
-    line = f"mixar: stopped by a signal; step 2 is saved in {out / 'last.pt'}\n"
+    line = f"mixar: stopped by a signal at step 2, saved in {out / 'last.pt'}\n"
     assert line in capsys.readouterr().out
     assert weights(out, "step") == 2
     train.main(mixar(runs, out, "--steps", 3))
