@@ -185,9 +185,10 @@ def describe_run(args, shared, run, tokens, prior):
         # `..` leads out of where a link points to
         return os.path.relpath(os.path.realpath(path), os.path.realpath(run))
 
+    data = args.data if args.data == "shapes" else os.path.realpath(args.data)
     made_from = tokens.made_from
     return dict(
-        data=made_from["data"], classes=tokens.classes, tokens=made_from,
+        data=data, classes=tokens.classes, tokens=made_from,
         latent_mean=tokens.mean.tolist(), latent_std=tokens.std.tolist(),
         sampling=SAMPLING[args.preset], shared=relative(shared),
         files=dict(vae=(place("vae", args.vae), made_from["vae"]),

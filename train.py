@@ -627,8 +627,15 @@ def train_mixar(args, shared, run, tokens):
     backbone.check_equal(prior_file, "tokens, bits and classes",
                          (prior.N, prior.bits, prior.classes),
                          (tokens.N, tokens.bits, len(tokens.classes)))
-    if not args.prior:
-        dataset.check_same(prior_file, saved["meta"]["tokens"], tokens.made_from)
+    if saved["meta"] is None:
+        say(f"the classes of {prior_file} have no names: its first is taken to be "
+            f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
+    else:
+        with dataset.reading(prior_file, "prior checkpoint"):
+            was = saved["meta"]["tokens"]
+            # a given prior may have seen other pictures, but its bits must mean the same
+            was = dict(vq=was["vq"]) if args.prior else was
+        dataset.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
     config |= backbone.PRESETS[args.preset]["mar"]
