@@ -259,6 +259,121 @@ def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_files_of_others_are_never_taken_for_samples_or_removed(runs, tmp_path):
+    """A folder without a note of its settings holds somebody's files: a run, pictures, a home."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "s.png.parts").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "own" / "000000.png")
+    (tmp_path / "s.png.parts" / "mine.txt").write_text("x")
+    run = runs / "shapes-dcmix"
+    for out in (tmp_path / "own", tmp_path / "s.png", run, tmp_path):
+        with pytest.raises(SystemExit, match="holds files that are no samples, such as"):
+            sample.main(sampling(run, out, "--count", 2))
+    assert (tmp_path / "s.png.parts" / "mine.txt").read_text() == "x"
+    assert not (run / "000000.png").exists()
+
+
+def test_pictures_beyond_the_count_stay_and_are_named(runs, tmp_path, capsys):
+    """Hundreds of pictures of a stopped command survive a look at two."""
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "s", "--count", 4))
+    (tmp_path / "s").rename(tmp_path / "s.png.parts")
+    sample.main(sampling(run, tmp_path / "s.png", "--count", 2))
+    assert "holds 2 pictures more than --count 2; they stay" in capsys.readouterr().out
+    left = sorted(path.name for path in (tmp_path / "s.png.parts").glob("*.png"))
+    assert left == ["000002.png", "000003.png"]
+
+
+def test_a_damaged_picture_of_a_stopped_command_is_one_line(runs, tmp_path):
+    run = runs / "shapes-dcmix"
+    sample.main(sampling(run, tmp_path / "s", "--count", 2))
+    (tmp_path / "s").rename(tmp_path / "s.png.parts")
+    (tmp_path / "s.png.parts" / "000001.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="000001.png: not a picture; remove it to make it again"):
+        sample.main(sampling(run, tmp_path / "s.png", "--count", 2))
+
+
+def test_a_second_program_on_the_same_output_is_told_so(runs, tmp_path):
+    with dataset.locked(tmp_path / "s.png.parts"):
+        with pytest.raises(SystemExit, match="parts: another program is writing into this folder"):
+            sample.main(sampling(runs / "shapes-dcmix", tmp_path / "s.png", "--count", 2))
+
+
+@pytest.mark.parametrize("name, words", [
+    ("s.jpg", "a name ends with .png, .npz or .gif"),
+    ("folder.png", "is a folder; choose another name"),
+])
+def test_an_output_that_would_not_be_what_its_name_says_is_refused(runs, tmp_path, name, words):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit, match=words):
+        sample.main(sampling(runs / "shapes-dcmix", tmp_path / name, "--count", 2))
+    assert not (tmp_path / "s.jpg").exists()
+
+
+def test_a_picture_of_nan_is_an_error_never_a_black_one():
+    x = torch.zeros(1, 3, 4, 4)
+    x[0, 0, 0, 0] = float("nan")
+    for to_pixels in (sample.to_bytes, sample.truncate):
+        with pytest.raises(SystemExit, match="hold values that are not finite"):
+            to_pixels(x)
+
+
+def spoil_nan(saved):
+    saved["ema"]["z_proj.weight"][0, 0] = float("nan")
+
+
+def spoil_inf(saved):
+    saved["ema"]["z_proj.bias"][0] = float("inf")
+
+
+def spoil_integer(saved):
+    saved["ema"]["z_proj.weight"] = saved["ema"]["z_proj.weight"].int()
+
+
+def spoil_complex(saved):
+    saved["ema"]["z_proj.weight"] = saved["ema"]["z_proj.weight"].cfloat()
+
+
+def spoil_sparse(saved):
+    saved["ema"]["z_proj.weight"] = saved["ema"]["z_proj.weight"].to_sparse()
+
+
+def spoil_depth(saved):
+    saved["config"]["depth"] = 10 ** 7
+
+
+def spoil_deviation(saved):
+    saved["meta"]["latent_std"][3] = 0.0
+
+
+def spoil_mean(saved):
+    saved["meta"]["latent_mean"][3] = float("nan")
+
+
+def spoil_step(saved):
+    saved["step"] = "seven"
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (spoil_nan, "z_proj.weight holds values that are not finite"),
+    (spoil_inf, "z_proj.bias holds values that are not finite"),
+    (spoil_integer, "z_proj.weight holds torch.strided torch.int32"),
+    (spoil_complex, "z_proj.weight holds torch.strided torch.complex64"),
+    (spoil_sparse, "z_proj.weight holds torch.sparse_coo torch.float32"),
+    (spoil_depth, "depth 10000000 with [0-9]+ weights"),
+    (spoil_deviation, "must be finite, the deviation above 0"),
+    (spoil_mean, "must be finite, the deviation above 0"),
+    (spoil_step, "invalid literal for int"),
+])
+def test_values_are_checked_once_where_they_enter(runs, tmp_path, spoil, words):
+    """One line names the file and what is wrong in it. Nothing of it becomes a black picture."""
+    saved = torch.load(runs / "shapes-dcmix" / "last.pt", weights_only=True)
+    spoil(saved)
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match=f"last.pt: not a .*{words}"):
+        sample.System(tmp_path)
+
+
 # files and figures
 
 def test_a_png_is_a_grid_of_the_classes_and_a_line_tells_the_time(runs, tmp_path, capsys):
@@ -313,7 +428,7 @@ def test_a_figure_is_a_grid_of_doubled_pictures_beside_their_names(tmp_path):
 def test_classes_by_name_or_number():
     """Names come first: a class may be called 1."""
     shapes = ["disc", "ring", "square", "triangle", "star"]
-    assert sample.wanted_classes("star,3,0", shapes) == [4, 3, 0]
+    assert sample.wanted_classes("star, 3,0", shapes) == [4, 3, 0]
     assert sample.wanted_classes("1,0", ["1", "0"]) == [0, 1]
     assert sample.wanted_classes("all", ["a", "b", "c"]) == [0, 1, 2]
     with pytest.raises(SystemExit, match="--classes zebra: unknown class; .* disc, ring"):

@@ -713,6 +713,49 @@ def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
             train.main(mixar(runs, tmp_path / "run", "--steps", 1))
 
 
+def test_a_run_reached_through_links_samples(runs, tmp_path, no_pictures):
+    """`..` leads out of where a link points to, not out of where the link lies."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    train.main(mixar(runs, tmp_path / "link" / "run", "--steps", 1))
+    system = sample.System(tmp_path / "link" / "run")
+    assert system.shared.resolve() == (runs / "shapes").resolve()
+
+
+def test_optimiser_moments_of_other_shapes_are_refused(runs, tmp_path):
+    """PyTorch takes them, and would read outside the array."""
+    run = copy_run(runs, tmp_path / "run")
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(saved, run / "last.pt")
+    with pytest.raises(SystemExit, match="last.pt: not a mixar .*optimiser has moments of other"):
+        train.main(mixar(runs, run, "--steps", 3))
+
+
+def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_pictures):
+    run = copy_run(runs, tmp_path / "run")
+    with (run / "log.csv").open("ab") as file:
+        file.write(b"\xff\xfe,\x80\n")
+    train.main(mixar(runs, run, "--steps", 3))
+    assert [row["step"] for row in log_rows(run)] == ["2", "3"]
+
+
+def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
+    """Of the same shape, but trained on the tokens of another bit tokenizer."""
+    saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
+    saved["meta"]["tokens"]["vq"] = "0" * 16
+    torch.save(saved, tmp_path / "prior.pt")
+    with pytest.raises(SystemExit, match="prior.pt was made with vq 0000000000000000, not "):
+        train.main(mixar(runs, tmp_path / "run", "--prior", tmp_path / "prior.pt"))
+
+
+@pytest.mark.parametrize("flag", ["--data", "--init", "--runs", "--out"])
+def test_an_empty_name_is_not_the_current_folder(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([flag, ""])
+    assert f"argument {flag}: a name is missing" in capsys.readouterr().err
+
+
 def test_an_official_mar_can_be_the_start(runs, tmp_path, no_pictures):
     """Its weights, bare in a file, are those of the first step. Only plain MAR can start so."""
     train.main(mixar(runs, tmp_path / "first", "--guidance", "none", "--steps", 1))
