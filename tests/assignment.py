@@ -14,6 +14,7 @@ memory and file size stop accidents, not malice. Linux or macOS is needed.
 import argparse
 import ast
 import copy
+import contextlib
 import errno
 import functools
 import os
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,35 +133,29 @@ def in_order(numbers):
 
 
 @functools.cache
-def all_tests():
-    """{file: [the functions that are tests of an equation]}."""
-    tests = {}
-    for name in repository():
-        if name.startswith("tests/test_"):
-            body = ast.parse((ROOT / name).read_text()).body
-            functions = [node for node in body if isinstance(node, ast.FunctionDef)]
-            tests[name] = [node for node in functions if node.name.startswith("test_eq")]
-    return tests
+def tree_of(name):
+    """A file of the repository as a syntax tree."""
+    return ast.parse((ROOT / name).read_text())
 
 
 def tests_of(number):
-    """{file: [functions]} of an equation's tests. The file that says most about it comes first."""
-    prefix = f"test_{word(number)}_"
-    tests = {}
-    for name, functions in all_tests().items():
-        found = [function for function in functions if function.name.startswith(prefix)]
-        if found:
-            tests[name] = found
+    """[(file, function)] of an equation's tests. The file that says most about it comes first."""
+    tests = []
+    for name in repository():
+        if name.startswith("tests/test_"):
+            functions = [node for node in tree_of(name).body if isinstance(node, ast.FunctionDef)]
+            prefix = f"test_{word(number)}_"
+            tests += [(name, test) for test in functions if test.name.startswith(prefix)]
     own = f"tests/test_{EQUATIONS[number].file}"
-    best_first = sorted(tests, key=lambda name: (name != own, -len(tests[name])))
-    return {name: tests[name] for name in best_first}
+    names = [name for name, _ in tests]
+    return sorted(tests, key=lambda test: (test[0] != own, -names.count(test[0])))
 
 
 def listing():
     """The equations on offer as a table in plain text."""
     rows = ["equation   tests   functions"]
     for number, equation in EQUATIONS.items():
-        tests = sum(map(len, tests_of(number).values()))
+        tests = len(tests_of(number))
         places = [f"{equation.file[:-3]}.{name}" for name in equation.functions]
         rows.append(f"{f'({number})':<8}{tests:>8}   {', '.join(places)}")
     return "\n".join(rows)
@@ -186,7 +180,7 @@ def copy_repository(folder):
     for name in repository():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
+        shutil.copy(ROOT / name, target)
 
 
 def function_in(tree, name):
@@ -283,12 +277,15 @@ def parse(path):
             return None, f"{path.name} is too large"
         source = path.read_bytes()
         compile(source, path.name, "exec", dont_inherit=True)
-        return ast.parse(source), ""
+        tree = ast.parse(source)
+        # what is nested too deeply to be written again is refused here
+        ast.unparse(tree)
+        return tree, ""
     except SyntaxError as error:
         # a file with null bytes has no lines
         return None, f"{path.name} does not parse (line {error.lineno or 1}): {error.msg}"
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        return None, f"{path.name} cannot be read: {error}"
+        return None, f"{path.name} cannot be read: {error!r}"
 
 
 def signature(function):
@@ -406,16 +403,6 @@ def limit_resources(seconds):
         resource.setrlimit(kind, (most, most))
 
 
-def ends_within(process, seconds):
-    """Whether the process ends in time. It keeps its number, so that its group can be ended."""
-    last = time.monotonic() + seconds
-    while time.monotonic() < last:
-        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def run_tests(numbers, file, text, seconds):
     """Run these equations' tests in a copy of the repository whose `file` holds this text.
 
@@ -428,7 +415,7 @@ def run_tests(numbers, file, text, seconds):
         copy_repository(code)
         (code / file).write_text(text)
         words = " or ".join(map(word, numbers))
-        files = dict.fromkeys(file for number in numbers for file in tests_of(number))
+        files = dict.fromkeys(name for number in numbers for name, _ in tests_of(number))
         command = [sys.executable, "-m", "pytest", *QUIET, "-k", words, f"--junitxml={report}"]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -437,25 +424,38 @@ def run_tests(numbers, file, text, seconds):
             "PYTHONDONTWRITEBYTECODE": "1",
             "TMPDIR": box,
         }
-        with open(Path(box) / "output", "wb") as output:
+        with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [*command, *files], cwd=code, env=environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True,
                 preexec_fn=functools.partial(limit_resources, seconds))
             try:
-                ended = ends_within(process, seconds)
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return {}, f"no end within {seconds:g} s"
             finally:
-                # the process and all that it started and left behind
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if not ended:
-            return {}, f"no end within {seconds:g} s"
-        try:
-            # what students print is not in it
-            return read_report(ElementTree.parse(report))
-        except (OSError, ElementTree.ParseError):
-            *_, last = (Path(box) / "output").read_text(errors="replace").split("\n\n")
-            return {}, f"the program ended before its tests did: {last.strip()[-200:]}"
+                end_all(process, box)
+            try:
+                # what students print stands in the output, not in the report
+                return read_report(ElementTree.parse(report))
+            except (OSError, ElementTree.ParseError):
+                output.seek(0)
+                *_, last = ["", *output.read().decode(errors="replace").splitlines()]
+                return {}, f"the program ended before its tests did: {last[:200]}"
+
+
+def end_all(process, box):
+    """End a process and all that it started: its group, and who left the group but has its TMPDIR.
+
+    Where there is no /proc, as on macOS, who left the group goes on until its time is up.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"TMPDIR={box}".encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def read_report(report):
@@ -465,7 +465,7 @@ def read_report(report):
         name = f"{case.get('classname')}.{case.get('name')}"
         red = [child for child in case if child.tag in ("failure", "error", "skipped")]
         if red and red[0].get("message") == "collection failure":
-            return {}, f"the file cannot be imported: {red[0].text.splitlines()[-1][:200]}"
+            return {}, f"the file cannot be imported: {(red[0].text or '')[-200:]}"
         if red:
             why = (red[0].get("message") or red[0].tag).splitlines()[0][:200]
             too_large = os.strerror(errno.EFBIG)
@@ -491,8 +491,10 @@ def expected_tests(numbers, seconds):
             raise SystemExit(f"Eq. ({number}) of this repository is not green: {why}")
         file = EQUATIONS[number].file
         blank = blanked((ROOT / file).read_text(), number)
-        results, _ = run_tests([number], file, blank, seconds)
+        results, problem = run_tests([number], file, blank, seconds)
         expected[number] = [test for test, why in results.items() if why and test in tests]
+        if not expected[number]:
+            raise SystemExit(f"no test notices that Eq. ({number}) is missing: {problem}")
     return expected
 
 
@@ -501,10 +503,8 @@ def expected_tests(numbers, seconds):
 def docstring_of(number, test):
     """The docstring of a test, given as in run_tests."""
     name = test.partition("[")[0].rpartition(".")[2]
-    for functions in tests_of(number).values():
-        for function in functions:
-            if function.name == name:
-                return ast.get_docstring(function)
+    found = [function for _, function in tests_of(number) if function.name == name]
+    return ast.get_docstring(found[0]) or ""
 
 
 def grade_equation(number, submission, expected, seconds):
@@ -512,10 +512,7 @@ def grade_equation(number, submission, expected, seconds):
 
     expected: the tests that decide. Points are the share of them that is green.
     """
-    try:
-        text, feedback = assemble(number, submission)
-    except (RecursionError, ValueError) as error:
-        text, feedback = None, [f"{EQUATIONS[number].file} cannot be read: {error}"]
+    text, feedback = assemble(number, submission)
     if text is None:
         return 0.0, feedback
     results, problem = run_tests([number], EQUATIONS[number].file, text, seconds)
@@ -531,16 +528,15 @@ def grade_equation(number, submission, expected, seconds):
     return points, feedback
 
 
-def label(path, parts):
-    """The last parts of a path as one name that is fit for a file, a table and a screen."""
-    return re.sub(r"[^\w.-]", "_", "-".join(path.parts[-parts:]))
-
-
 def named(submissions):
-    """{name: folder}, where folders of one name are told apart by the folders they lie in."""
+    """{name: folder}, where folders of one name are told apart by the folders they lie in.
+
+    The names are fit for a file, a table and a screen.
+    """
     folders = list(dict.fromkeys(path.resolve() for path in submissions))
     for parts in range(1, 99):
-        names = [label(folder, parts) for folder in folders]
+        paths = ["-".join(folder.parts[-parts:]) for folder in folders]
+        names = [re.sub(r"[^\w.-]", "_", path) for path in paths]
         if len({name.casefold() for name in names}) == len(folders):
             return dict(zip(names, folders))
     raise SystemExit("these submissions cannot be told apart by their names")
@@ -595,13 +591,6 @@ def equations(text):
     return in_order(map(int, numbers))
 
 
-def positive(text):
-    number = float(text)
-    if not 0 < number < 1e6:
-        raise ValueError
-    return number
-
-
 def main(argv=None):
     warnings.simplefilter("ignore", SyntaxWarning)
     # resource limits are set between fork and exec, where no other thread may run
@@ -619,7 +608,7 @@ def main(argv=None):
                         help="a student's copy of the folder, or a folder of the changed files")
     grader.add_argument("--csv", type=Path, required=True,
                         help="the table of marks; feedback/NAME.txt is written beside it")
-    grader.add_argument("--seconds", type=positive, default=60.0,
+    grader.add_argument("--seconds", type=float, default=60.0,
                         help="how long the tests of one equation may take (default 60)")
     grader.set_defaults(command=grade)
     for each in (maker, grader):
