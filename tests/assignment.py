@@ -271,8 +271,9 @@ def parse(path):
     """A student's file -> (its tree, ""), or (None, what is wrong with it)."""
     try:
         if not path.is_file():
-            missing = path.name if path.parent.is_dir() else path.parent
-            return None, f"{missing} is missing"
+            if not path.parent.is_dir():
+                return None, f"{path.parent} is no folder"
+            return None, f"{path.name} is missing"
         if path.stat().st_size > LARGEST_FILE:
             return None, f"{path.name} is too large"
         source = path.read_bytes()

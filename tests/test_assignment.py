@@ -319,7 +319,7 @@ def test_what_cannot_be_tried_is_named(tmp_path):
     """A missing or unreadable file, a missing or blank function, other arguments each say so."""
     right = source(9)
     cases = {
-        "missing.py is missing": None,
+        "missing is no folder": None,
         "mixing.py is missing": {},
         "mixing.py does not parse (line 3)": {"mixing": "x = 1\n\ndef dc_mix(:\n"},
         "mixing.py does not parse (line 2)": {"mixing": "x = 1\nbreak\n"},
@@ -333,7 +333,7 @@ def test_what_cannot_be_tried_is_named(tmp_path):
     for i, (expected, files) in enumerate(cases.items()):
         folder = tmp_path / str(i)
         if files is None:
-            folder = tmp_path / "missing.py"
+            folder = tmp_path / "missing"
         else:
             hand_in(folder, **files)
         text, problems = assignment.assemble(9, folder)
@@ -363,16 +363,17 @@ def test_a_file_that_does_not_parse_costs_the_equations_of_that_file(tmp_path):
 def graded(tmp_path_factory):
     """The rows of marks.csv and the feedback of a class, all graded by one command."""
     place = tmp_path_factory.mktemp("class")
+    endless = "while True: print('6 passed ' * 9999)"
     submissions = [
-        hand_in(place / "one" / "mixar", mixing=source(10)),
-        hand_in(place / "two" / "mixar", mixing=changed(10, "0.0", "1.0")),
-        hand_in(place / "exits", mixing=without_body("mask_discrete", "import os; os._exit(0)")),
-        hand_in(place / "prints", mixing=without_body("mask_discrete", "while True: print('6 passed ' * 9999)")),
+        hand_in(place / "one" / "mixar", mixing=source(11)),
+        hand_in(place / "two" / "mixar", mixing=changed(11, "_d, m), y)", "_d, ~m), y)")),
+        hand_in(place / "exits", mixing=without_body("predict_masked", "import os; os._exit(0)")),
+        hand_in(place / "prints", mixing=without_body("predict_masked", endless)),
         hand_in(place / "binary", mixing=bytes(range(256))),
         place / "nowhere",
     ]
     table = place / "marks" / "marks.csv"
-    words = ["grade", *map(str, submissions), "--csv", str(table), "--equations", "10"]
+    words = ["grade", *map(str, submissions), "--csv", str(table), "--equations", "11"]
     before = {path: path.read_bytes() for path in place.rglob("*.py")}
     assignment.main(words)
     assert before == {path: path.read_bytes() for path in place.rglob("*") if path.suffix == ".py"}
@@ -383,9 +384,12 @@ def graded(tmp_path_factory):
 
 
 def test_marks_are_a_row_each_and_feedback_a_file_each(graded):
-    """Folders of one name are told apart. Whatever a submission does costs that submission."""
+    """Folders of one name are told apart. Whatever a submission does costs that submission.
+
+    Three tests of Eq. (11) are green before a student has begun, so they give no points.
+    """
     rows, feedback = graded
-    assert rows[0] == ["name", "eq10", "total"]
+    assert rows[0] == ["name", "eq11", "total"]
     marks = {name: float(points) for name, points, _ in rows[1:]}
     names = [name for name in marks]
     assert [name.rpartition("-")[2] for name in names] == [
@@ -398,12 +402,12 @@ def test_marks_are_a_row_each_and_feedback_a_file_each(graded):
 
 
 @pytest.mark.parametrize("student, line", [
-    ("one-mixar", "6 of 6 tests are green"),
-    ("two-mixar", "Eq. (10): x_d'^i = t_m where m^i = 1"),
+    ("one-mixar", "7 of 7 tests are green"),
+    ("two-mixar", "Eq. (11): g_M is given the class and X_d' of Eq. (10)"),
     ("exits", "the program ended before its tests did"),
     ("prints", "prints or writes without end"),
     ("binary", "mixing.py does not parse"),
-    ("nowhere", "nowhere is missing"),
+    ("nowhere", "nowhere is no folder"),
 ])
 def test_feedback_says_what_happened(graded, student, line):
     _, feedback = graded
@@ -432,6 +436,9 @@ def test_what_does_not_end_is_ended_with_all_that_it_started(tmp_path):
     assert points == 0
     assert feedback[-1] == "no end within 4 s"
     started = [path.name for path in tmp_path.iterdir() if path.is_file()]
+    last = time.monotonic() + 10
+    while any(map(runs, started)) and time.monotonic() < last:
+        time.sleep(0.1)
     assert not any(map(runs, started))
 
 
