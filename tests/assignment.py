@@ -531,9 +531,9 @@ def grade_equation(number, submission, expected, seconds):
 
 
 def named(submissions):
-    """{name: folder}, where folders of one name are told apart by the folders they lie in.
+    """{name: folder}. The names are fit for a file, a table and a screen.
 
-    The names are fit for a file, a table and a screen.
+    Folders of one name are told apart by the folders they lie in, or else by numbers.
     """
     folders = list(dict.fromkeys(path.resolve() for path in submissions))
     for parts in range(1, 99):
@@ -541,7 +541,7 @@ def named(submissions):
         names = [re.sub(r"[^\w.-]", "_", path) for path in paths]
         if len({name.casefold() for name in names}) == len(folders):
             return dict(zip(names, folders))
-    raise SystemExit("these submissions cannot be told apart by their names")
+    return {f"{name}-{i}": folder for i, (name, folder) in enumerate(zip(names, folders), 1)}
 
 
 def write_whole(path, lines):

@@ -440,6 +440,19 @@ def test_what_does_not_end_is_ended_with_all_that_it_started(tmp_path):
     assert not any(map(runs, started))
 
 
+def test_names_of_submissions_are_distinct_and_fit_for_files_and_tables():
+    """Case does not tell names apart, since it does not on every disk."""
+    for given, expected in [
+        (["/s/ann", "/s/bob", "/s/ann/"], ["ann", "bob"]),
+        (["/ann/mixar", "/bob/mixar"], ["ann-mixar", "bob-mixar"]),
+        (["/1/ann", "/2/Ann"], ["1-ann", "2-Ann"]),
+        (["/s/=a,b\n"], ["_a_b_"]),
+    ]:
+        assert list(assignment.named(map(Path, given))) == expected
+    alike = assignment.named([Path("/s/a b"), Path("/s/a_b"), Path("/s-a/b")])
+    assert len(alike) == 3
+
+
 def test_a_table_inside_a_submission_is_refused(tmp_path):
     folder = hand_in(tmp_path / "student")
     (tmp_path / "link").symlink_to(folder)
