@@ -801,6 +801,91 @@ def test_eq06_generation_is_guided_more_the_more_is_known():
     assert model.scales == [1.25, 1.75, 2.25, 2.75]
 
 
+class Numbers:
+    """A model that notes what it is asked for.
+
+    The z of token i of image b is 10 b + i, plus 100 without the class. The token that its head
+    samples is z. What it mixes is x_c + 0.5.
+    """
+
+    d_c = 1
+
+    def __init__(self):
+        self.mixed = []
+        self.asked = []
+        self.heads = []
+        self.diffloss = self
+
+    def mix(self, x_c, x_d, m):
+        self.mixed.append((x_c.clone(), x_d, m))
+        return x_c + 0.5
+
+    def __call__(self, x, x_d, m, y, drop):
+        self.asked.append((x.clone(), x_d, m, y, drop))
+        z = 10 * torch.arange(2)[:, None] + torch.arange(4) + 100 * drop[:, None]
+        return z[..., None].float()
+
+    def sample(self, z, noise, steps, temperature, z_uncond, scale, bound):
+        self.heads.append((z, noise, temperature, z_uncond, bound))
+        return z
+
+
+def numbered(cfg):
+    """x_c of two images of four tokens in three AR steps, the model, and what on_step was given."""
+    model = Numbers()
+    x_d = torch.ones(2, 4, 3)
+    y = torch.tensor([3, 5])
+    order = torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3]])
+    after = []
+
+    def noise(now, n):
+        return now
+
+    x_c = sample.generate(model, x_d, y, order, noise, 3, 25, cfg, "linear", 0.7, 5.0,
+                          after.append)
+    return x_c, model, x_d, y, after
+
+
+def test_eq06_generation_gives_x_d_mask_and_class_to_every_pass():
+    """Eq. (6): each AR step mixes x_c and X_d by the mask of what is still hidden.
+
+    The model sees the mixed sequence, X_d, this mask and the class. The pass without class sees the
+    SAME X_d: guidance leaves out the class alone.
+    """
+    for cfg, drops in [(1.0, [F]), (3.0, [F, T])]:
+        _, model, x_d, y, _ = numbered(cfg)
+        assert len(model.mixed) == 3
+        assert len(model.asked) == 3 * len(drops)
+        for k, (x, given, m, classes, drop) in enumerate(model.asked):
+            x_c, mixed_with, mixed_where = model.mixed[k // len(drops)]
+            assert torch.equal(x, x_c + 0.5)
+            assert torch.equal(mixed_with, x_d)
+            assert torch.equal(mixed_where, m)
+            assert torch.equal(given, x_d)
+            assert torch.equal(classes, y)
+            assert drop.tolist() == [drops[k % len(drops)]] * 2
+
+
+def test_eq06_generation_samples_each_token_from_its_own_z():
+    """Eq. (6): the head samples the tokens of this step alone, each from the z of its position.
+
+    z without class is that of the same tokens. Noise, temperature and bound reach the head.
+    """
+    x_c, model, _, _, after = numbered(3.0)
+    assert x_c[..., 0].tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    hidden = torch.ones(2, 4, dtype=torch.bool)
+    for (z, now, temperature, z_uncond, bound), m in zip(model.heads, after):
+        # what is hidden before the step and not after it
+        assert torch.equal(now, hidden & ~m)
+        assert z.flatten().tolist() == (10 * now.nonzero()[:, 0] + now.nonzero()[:, 1]).tolist()
+        assert torch.equal(z_uncond, z + 100)
+        assert (temperature, bound) == (0.7, 5.0)
+        hidden = m
+    assert not hidden.any()
+    _, model, _, _, _ = numbered(1.0)
+    assert all(z_uncond is None for _, _, _, z_uncond, _ in model.heads)
+
+
 @pytest.mark.parametrize("given, ar_steps, expected", [
     (25, 4, [25] * 4),
     ((40, 10), 4, [40, 30, 20, 10]),
@@ -822,20 +907,28 @@ def test_eq06_diffusion_steps_fall_linearly_over_the_ar_steps(given, ar_steps, e
     assert asked == expected
 
 
-def test_more_steps_than_tokens_still_fill_every_token_once():
+def test_eq06_more_steps_than_tokens_still_fill_every_token_once():
     """In 40 guided AR steps of 16 tokens, every token is predicted exactly once.
 
     Some steps predict nothing.
     """
-    g = golden.load("mar_sample_tiny")
-    predicted = torch.zeros(2, 16)
+    predicted = torch.zeros(1, 16)
 
     def noise(now, n):
         predicted.add_(now)
+
+    record(16, 40, 2, 3.0, noise=noise)
+    assert (predicted == 1).all()
+
+
+def test_more_steps_than_tokens_give_finite_tokens():
+    """A step that predicts nothing gives no rows to the backbone and to the head."""
+    g = golden.load("mar_sample_tiny")
+
+    def noise(now, n):
         return torch.zeros(2, int(now.sum()), 8)
 
     x_c = sample.generate(tiny_mar(), None, g["labels"], g["orders"], noise, 40, 2, 3.0)
-    assert (predicted == 1).all()
     assert (x_c != 0).all()
     assert x_c.isfinite().all()
 

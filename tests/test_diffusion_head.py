@@ -177,6 +177,44 @@ def test_eq05_every_row_and_draw_has_its_own_loss():
     assert loss.tolist() == [[1, 2], [0, 10]]
 
 
+def test_eq05_the_loss_has_the_variational_term_beside_it():
+    """The loss of the head is Eq. (5) PLUS the variational term, in every row and draw.
+
+    Without that term the variance values v are never trained.
+    """
+    def two(x, x_t, eps, v, t, c):
+        return torch.full(t.shape, 2.0)
+
+    noise = torch.tensor([[[3.0, 3.0], [1.0, 1.0]]])
+    t = torch.tensor([[0, 500]])
+    head = head_that_predicts(torch.zeros(2))
+    with patch.object(diffusion_head, "variational_term", two):
+        loss = head.loss(torch.zeros(2, 3), torch.zeros(2, 2), t, noise)
+    assert loss.tolist() == [[9 + 2, 1 + 2]]
+
+
+def test_eq05_the_kl_goes_from_the_true_posterior_to_the_models():
+    """The variational term is KL(true || model's), in bits, averaged over the channels.
+
+    The true variance is 1 here. v = 1 stands for the upper bound, 4. Of two normals of equal mean
+    KL = (log 4 - 1 + 1/4) / 2, and a distance of 2 between the means adds 2^2 / 4 / 2.
+    """
+    c = SimpleNamespace(
+        recip=torch.ones(2), recip_m1=torch.ones(2), mean_x0=torch.ones(2), mean_xt=torch.zeros(2),
+        log_beta=torch.tensor([4.0, 4.0]).log(), log_var=torch.zeros(2),
+    )
+    x_t = torch.zeros(1, 2)
+    eps = torch.zeros(1, 2)
+    v = torch.ones(1, 2)
+    t = torch.tensor([1])
+    same_mean = 0.5 * (math.log(4) - 1 + 0.25)
+    for x, channels in [([0.0, 0.0], [0, 0]), ([0.0, 2.0], [0, 0.5])]:
+        x = torch.tensor([x])
+        found = diffusion_head.variational_term(x, x_t, eps, v, t, c)
+        expected = (same_mean + sum(channels) / 2) / math.log(2)
+        assert found.item() == pytest.approx(expected)
+
+
 def test_eq05_alone_trains_eps():
     """The variational term beside Eq. (5) trains v only: it sends no gradient into eps.   [MAR]"""
     c = diffusion_head.coefficients(1000)
@@ -365,6 +403,15 @@ def test_eq05_golden_head():
     assert golden.difference(head.net.time_embed(t), mar["head_time_emb"]) < 1e-5
     found = torch.cat(head.net(x, t, z), dim=-1)
     assert golden.difference(found, mar["head_out"]) < 1e-5
+
+
+def test_eq05_the_time_of_many_rows_is_looked_up():
+    """With more rows than timesteps, each timestep is embedded once. Every row gets its own."""
+    embed = tiny_head().net.time_embed
+    t = torch.arange(1200) % 1000
+    many = embed(t)
+    assert golden.difference(many[:1000], embed(t[:1000])) < 1e-5
+    assert torch.equal(many[1000:], many[:200])
 
 
 @pytest.mark.parametrize("probe", ["all", "nogain"])
