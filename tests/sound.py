@@ -117,8 +117,9 @@ def sample_codes(logits, u):
 
 
 @stands_for(11, mixing)
+@torch.no_grad()
 def predict_masked(g_M, x_d, m, y, u):
-    logits = g_M(mask_discrete(x_d, m), y).detach()
+    logits = g_M(mask_discrete(x_d, m), y)
     bits = codes_to_bits(sample_codes(logits, u), x_d.shape[2] // logits.shape[2])
     return torch.where(m[..., None], bits, x_d)
 

@@ -30,7 +30,7 @@ class Given:
 
     A step is given the next numbers that have as many axes as it asks for. If it asks for another
     shape, they are repeated or cut off, and the last ones are given again. So one wrong draw of a
-    step leaves the numbers of all other draws as they are.
+    step leaves the numbers of all other draws as they are. `given` notes what the step got.
     """
 
     device = torch.device("cpu")
@@ -39,15 +39,17 @@ class Given:
         self.normal = [torch.tensor(x) for x in normal]
         self.uniform = [torch.tensor(x) for x in uniform]
         self.of_all = [torch.tensor(x) for x in shared]
-        given = [*self.normal, *self.uniform]
-        self.B = len(given[0]) if given else 0
+        rows = [*self.normal, *self.uniform]
+        self.B = len(rows[0]) if rows else 0
+        self.given = []
 
     def take(self, numbers, shape):
         fit = [k for k, x in enumerate(numbers) if x.dim() == len(shape)] or [0]
         found = numbers[fit[0]]
         if len(fit) > 1:
             del numbers[fit[0]]
-        return torch.tensor(np.resize(found, shape))
+        self.given.append(torch.tensor(np.resize(found, shape)))
+        return self.given[-1]
 
     def shared(self, f, *shape):
         return self.take(self.of_all, shape)
@@ -64,10 +66,14 @@ class Recorder:
 
     What it mixes is x_c + 1000. The z of a token is its number in the batch, 0 to 7. The loss of a
     row is its t.
+
+    hidden  the mask that the step has from Eq. (8)
+    given   the random numbers of the step, in the order of use
     """
 
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
+        self.x_c = None
 
     def mix(self, x_c, x_d, m):
         self.x_c = x_c
@@ -76,6 +82,10 @@ class Recorder:
         return x_c + 1000
 
     def __call__(self, x, x_d, m, y, drop):
+        if self.x_c is None:
+            # a step that does not mix
+            self.x_c = x
+            self.mixed_with = x_d
         self.mixed = x
         self.x_d = x_d
         self.m = m
@@ -92,12 +102,12 @@ class Recorder:
 
 
 class SurePrior:
-    """A prior of one bit per token that is sure of -1, for two images of four tokens."""
+    """A prior of one bit per token that is sure of -1."""
 
     splits = 1
 
     def __call__(self, x, y):
-        return torch.tensor([1.0, 0.0]).log().expand(2, 4, 1, 2)
+        return torch.tensor([1.0, 0.0]).log().expand(*x.shape, 2)
 
 
 # The random numbers of one step, for two images of four tokens.
@@ -133,7 +143,7 @@ NOISE = [
 def mixar_step(step=0, *flags):
     """(model, loss) of one training step on two images of four tokens, two of them hidden.
 
-    x_d is all +1. The prior is sure of -1.
+    x_d is all +1.
     """
     args = train.parse(["--steps", "3", *flags])
     args.recipe["mixar"]["draws"] = 2
@@ -144,8 +154,15 @@ def mixar_step(step=0, *flags):
     y = torch.tensor([0, 1])
     of_ti_mix = [PREDICTION, RHO] if "--ti-mix" in flags else []
     rng = Given([POSTERIOR_NOISE, NOISE], [ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP], [RATIO])
-    with mock.patch.object(mixing, "mask_ratio", {0.0: 0.5}.get):
+    sample_mask = mixing.sample_mask
+
+    def note_mask(order, ratio):
+        model.hidden = sample_mask(order, ratio)
+        return model.hidden
+
+    with mock.patch.multiple(mixing, mask_ratio={0.0: 0.5}.get, sample_mask=note_mask):
         loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
+    model.given = rng.given
     return model, loss
 
 
@@ -161,7 +178,14 @@ def test_eq08_the_step_hides_the_first_of_a_random_order():
     Every image has an order of its own. One ratio, from mask_ratio, holds for the whole batch.
     """
     model, _ = mixar_step()
-    assert model.m.tolist() == [[T, F, T, F], [F, T, F, T]]
+    assert model.hidden.tolist() == [[T, F, T, F], [F, T, F, T]]
+
+
+def test_eq06_the_step_gives_mask_and_x_d_to_the_model():
+    """Eq. (6): the model is told which tokens are hidden, by the mask of Eq. (8), and X_d."""
+    model, _ = mixar_step()
+    assert torch.equal(model.m, model.hidden)
+    assert (model.x_d == 1).all()
 
 
 def test_eq06_the_step_withholds_the_class_where_its_draw_is_below_label_drop():
@@ -175,10 +199,11 @@ def test_eq06_the_step_withholds_the_class_where_its_draw_is_below_label_drop():
 
 
 def test_eq09_the_step_gives_the_mixed_sequence_to_the_model():
-    """Eq. (9): the model sees x~, mixed from x_c and x_d by the same mask that it is given."""
+    """Eq. (9): the model sees x~, mixed from x_c and x_d by the mask of Eq. (8)."""
     model, _ = mixar_step()
+    assert (model.mixed > 900).all()
     assert torch.equal(model.mixed, model.x_c + 1000)
-    assert torch.equal(model.mixed_where, model.m)
+    assert torch.equal(model.mixed_where, model.hidden)
     assert (model.mixed_with == 1).all()
 
 
@@ -188,20 +213,27 @@ def test_eq05_the_step_takes_the_loss_on_hidden_tokens_alone():
     The target is x_c, not the mixed sequence.
     """
     model, loss = mixar_step()
-    assert model.z.flatten().tolist() == model.m.flatten().nonzero().flatten().tolist()
-    assert torch.equal(model.x, model.x_c[model.m])
-    assert loss == model.t.float().mean()
+    assert model.z.flatten().tolist() == model.hidden.flatten().nonzero().flatten().tolist()
+    assert torch.equal(model.x % 1000, model.x_c[model.hidden] % 1000)
+    assert (model.x < 900).all()
+    torch.testing.assert_close(loss, model.t.float().mean(), equal_nan=True)
 
 
 def test_eq05_the_step_draws_t_and_noise_for_every_hidden_token():
-    """Eq. (5): every hidden token has its own t and its own noise, in each of the R draws.
+    """Eq. (5): every hidden token has its own t and its own noise, in each of the R = 2 draws.
 
     t is uniform in 0 .. 999. t and noise of an image lie in the rows of that image, one line per
     draw.
     """
     model, _ = mixar_step()
-    assert model.t.tolist() == [[0, 500, 125, 750], [999, 250, 1, 2]]
-    assert model.noise[:, :, 0].tolist() == [[1, 3, 9, 11], [5, 7, 13, 15]]
+    hidden = int(model.hidden[0].sum())
+    # the last two draws of the step; there is one line per draw and the images follow each other
+    uniform, normal = model.given[-2:]
+    assert uniform.shape == (2, 2, hidden)
+    assert normal.shape == (2, 2, hidden, 2)
+    t = (1000 * torch.cat(list(uniform), dim=1)).long()
+    assert torch.equal(model.t, t)
+    assert torch.equal(model.noise, torch.cat(list(normal), dim=1))
 
 
 def test_eq11_the_step_lets_the_prior_predict_behind_the_mask():
@@ -211,8 +243,8 @@ def test_eq11_the_step_lets_the_prior_predict_behind_the_mask():
     answer.
     """
     asked = []
-    taken = []
     x_hat = -torch.ones(2, 4, 1)
+    taken = []
 
     def predict_masked(*inputs):
         asked.append(inputs)
@@ -228,22 +260,27 @@ def test_eq11_the_step_lets_the_prior_predict_behind_the_mask():
     prior, x_d, m, y, u = asked[0]
     assert isinstance(prior, SurePrior)
     assert (x_d == 1).all()
-    assert torch.equal(m, model.m)
+    assert torch.equal(m, model.hidden)
     assert y.tolist() == [0, 1]
     assert u.tolist() == PREDICTION
-    assert any(given is x_hat for given in taken)
+    assert any(given is x_hat for given in [*taken, model.x_d])
 
 
 def test_eq12_the_step_guides_by_the_mixed_tokens():
     """Eq. (12): with --ti-mix the model is guided by x~_d. Without it, the model is guided by x_d.
 
-    lambda is 1, 0.5, 0 in the three steps. The truth is kept where rho is below lambda.
+    lambda is 1, 0.5, 0 in the three steps. The truth, +1, is kept where rho is below lambda. What
+    g_M predicts is -1 here.
     """
+    def predict_masked(*inputs):
+        return -torch.ones(2, 4, 1)
+
     model, _ = mixar_step()
     assert (model.x_d == 1).all()
     for step, lam in enumerate((1.0, 0.5, 0.0)):
-        model, _ = mixar_step(step, "--ti-mix")
-        generated = model.m & (torch.tensor(RHO) >= lam)
+        with mock.patch.object(mixing, "predict_masked", predict_masked):
+            model, _ = mixar_step(step, "--ti-mix")
+        generated = model.hidden & (torch.tensor(RHO) >= lam)
         assert torch.equal(model.x_d[..., 0] == -1, generated), f"step {step}"
         assert torch.equal(model.mixed_with, model.x_d)
 
@@ -277,7 +314,7 @@ def test_eq03_the_step_hides_codes_and_withholds_classes():
     x_d = torch.tensor([[[1.0, 1]] * 3, [[1, -1.0]] * 3])
     batch = (None, None, x_d, torch.tensor([0, 1]))
     u_ratio = [0.0, 1.0]
-    u_code = [[[0.5] * 2] * 3] * 2
+    u_code = [[[0.5, 0.7]] * 3] * 2
     loss = train.prior_loss(model, batch, Given([], [u_ratio, u_code, LABEL_DROP]), 0)
     assert (model.x[0] == 0).all()
     assert torch.equal(model.x[1], x_d[1])
@@ -288,6 +325,19 @@ def test_eq03_the_step_hides_codes_and_withholds_classes():
     likely = 0.95 * log_p[1] + 0.05 * log_p[0]
     unlikely = 0.95 * log_p[0] + 0.05 * log_p[1]
     assert loss.item() == pytest.approx(-(0.75 * likely + 0.25 * unlikely).item())
+
+
+def test_eq03_the_step_hides_each_code_by_its_own_draw():
+    """Eq. (3): with u = 0.5, which hides 2 of 3 codes, those below 2/3 are hidden.
+
+    Every bit group of every token has its own uniform number. A hidden code is all zeros.
+    """
+    model = TinyPrior()
+    x_d = torch.tensor([[[1.0, -1]] * 3] * 2)
+    u_code = [[[0.1, 0.9], [0.7, 0.6], [0.9, 0.2]], [[0.9, 0.9], [0.1, 0.1], [0.7, 0.9]]]
+    batch = (None, None, x_d, torch.tensor([0, 1]))
+    train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
+    assert model.x.tolist() == [[[0, -1], [1, 0], [1, 0]], [[1, -1], [0, 0], [1, -1]]]
 
 
 class TinyVAE:
