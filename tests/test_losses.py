@@ -74,6 +74,7 @@ class Recorder:
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
         self.x_c = None
+        self.hidden = None
 
     def mix(self, x_c, x_d, m):
         self.x_c = x_c
@@ -86,6 +87,9 @@ class Recorder:
             # a step that does not mix
             self.x_c = x
             self.mixed_with = x_d
+        if self.hidden is None:
+            # a step that makes its mask by itself
+            self.hidden = m
         self.mixed = x
         self.x_d = x_d
         self.m = m
@@ -156,11 +160,14 @@ def mixar_step(step=0, *flags):
     rng = Given([POSTERIOR_NOISE, NOISE], [ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP], [RATIO])
     sample_mask = mixing.sample_mask
 
+    def mask_ratio(u):
+        return 0.5 if u == RATIO[0] else 0.75
+
     def note_mask(order, ratio):
         model.hidden = sample_mask(order, ratio)
         return model.hidden
 
-    with mock.patch.multiple(mixing, mask_ratio={0.0: 0.5}.get, sample_mask=note_mask):
+    with mock.patch.multiple(mixing, mask_ratio=mask_ratio, sample_mask=note_mask):
         loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
     model.given = rng.given
     return model, loss

@@ -896,6 +896,7 @@ LINES = [
     (4, sample, "sample_prior", "torch.where(hidden, masked, chosen)",
      "torch.where(hidden, chosen, masked)"),
     (4, sample, "sample_prior", "torch.cat([y, y])", "torch.cat([y, y.flip(0)])"),
+    (4, sample, "sample_prior", ".gather(-1, chosen[..., None])[..., 0]", ".max(-1).values"),
     (4, sample, "sample_prior", "codes_to_bits(chosen, e)", "codes_to_bits(codes, e)"),
     (4, sample, "least_certain", "math.floor(", "math.ceil("),
     (4, sample, "least_certain", "ascending[:, k - 1]", "ascending[:, k]"),
