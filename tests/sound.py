@@ -47,7 +47,8 @@ def others(test):
 def attention(q, k, v, heads, p=0.0):
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     weights = torch.einsum("blhd,bmhd->bhlm", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("bhlm,bmhd->blhd", weights.softmax(-1), v).flatten(2)
+    weights = torch.nn.functional.dropout(weights.softmax(-1), p)
+    return torch.einsum("bhlm,bmhd->blhd", weights, v).flatten(2)
 
 
 @stands_for(7, tokenizers)

@@ -30,7 +30,7 @@ class Given:
 
     A step is given the next numbers that have as many axes as it asks for. If it asks for another
     shape, they are repeated or cut off, and the last ones are given again. So one wrong draw of a
-    step leaves the numbers of all other draws as they are. `given` notes what the step got.
+    step leaves the numbers of all other draws as they are. `given` notes every (f, numbers).
     """
 
     device = torch.device("cpu")
@@ -43,20 +43,21 @@ class Given:
         self.B = len(rows[0]) if rows else 0
         self.given = []
 
-    def take(self, numbers, shape):
+    def take(self, f, numbers, shape):
         fit = [k for k, x in enumerate(numbers) if x.dim() == len(shape)] or [0]
         found = numbers[fit[0]]
         if len(fit) > 1:
             del numbers[fit[0]]
-        self.given.append(torch.tensor(np.resize(found, shape)))
-        return self.given[-1]
+        found = torch.tensor(np.resize(found, shape))
+        self.given.append((f, found))
+        return found
 
     def shared(self, f, *shape):
-        return self.take(self.of_all, shape)
+        return self.take(f, self.of_all, shape)
 
     def __call__(self, f, *shape):
         numbers = self.normal if f is torch.randn else self.uniform
-        return self.take(numbers, (self.B, *shape))
+        return self.take(f, numbers, (self.B, *shape))
 
 
 # the step of MixAR
@@ -68,14 +69,13 @@ class Recorder:
     row is its t.
 
     x_c     what the step has from Eq. (7)
-    hidden  the mask that the step has from Eq. (8)
+    hidden  the mask of the step, from Eq. (8)
     given   the random numbers of the step, in the order of use
     """
 
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
         self.x_c = None
-        self.hidden = None
         self.mixed_with = None
 
     def mix(self, x_c, x_d, m):
@@ -91,9 +91,7 @@ class Recorder:
         if self.mixed_with is None:
             # a step that does not mix
             self.mixed_with = x_d
-        if self.hidden is None:
-            # a step that makes its mask by itself
-            self.hidden = m
+            self.mixed_where = m
         self.mixed = x
         self.x_d = x_d
         self.m = m
@@ -169,18 +167,24 @@ def mixar_step(step=0, *flags):
         model.x_c = reparameterize(mean, std, noise)
         return model.x_c
 
-    def mask_ratio(u):
-        return 0.5 if u == RATIO[0] else 0.75
+    masks = []
+
+    def mask_ratio(u, low=0.7):
+        return 0.5 if (u, low) == (RATIO[0], 0.7) else 0.75
 
     def note_mask(order, ratio):
-        model.hidden = sample_mask(order, ratio)
-        return model.hidden
+        masks.append(sample_mask(order, ratio))
+        return masks[0]
 
     of_eq07 = mock.patch.object(tokenizers, "reparameterize", note_x_c)
     of_eq08 = mock.patch.multiple(mixing, mask_ratio=mask_ratio, sample_mask=note_mask)
     with of_eq07, of_eq08:
         loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
     model.given = rng.given
+    # one line of a step may use another mask by mistake: the mask is what two of three agree on
+    model.hidden = model.m
+    if masks and torch.equal(masks[0], model.mixed_where):
+        model.hidden = masks[0]
     return model, loss
 
 
@@ -246,7 +250,9 @@ def test_eq05_the_step_draws_t_and_noise_for_every_hidden_token():
     model, _ = mixar_step()
     hidden = int(model.hidden[0].sum())
     # the last two draws of the step; there is one line per draw and the images follow each other
-    uniform, normal = model.given[-2:]
+    (f, uniform), (g, normal) = model.given[-2:]
+    assert f is torch.rand
+    assert g is torch.randn
     assert uniform.shape == (2, 2, hidden)
     assert normal.shape == (2, 2, hidden, 2)
     t = (1000 * torch.cat(list(uniform), dim=1)).long()
@@ -298,8 +304,8 @@ def test_eq12_the_step_guides_by_the_mixed_tokens():
     for step, lam in enumerate((1.0, 0.5, 0.0)):
         with mock.patch.object(mixing, "predict_masked", predict_masked):
             model, _ = mixar_step(step, "--ti-mix")
-        # the last numbers of this shape
-        rho = [numbers for numbers in model.given if numbers.shape == (2, 4)][-1]
+        # the last uniform numbers of this shape
+        rho = [x for f, x in model.given if f is torch.rand and x.shape == (2, 4)][-1]
         generated = model.hidden & (rho >= lam)
         assert torch.equal(model.x_d[..., 0] == -1, generated), f"step {step}"
         assert torch.equal(model.mixed_with, model.x_d)
@@ -358,6 +364,37 @@ def test_eq03_the_step_hides_each_code_by_its_own_draw():
     batch = (None, None, x_d, torch.tensor([0, 1]))
     train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
     assert model.x.tolist() == [[[0, -1], [1, 0], [1, 0]], [[1, -1], [0, 0], [1, -1]]]
+
+
+class FourBits:
+    """A prior of four bits per token, in two groups, that notes its input."""
+
+    splits = 2
+    bits = 4
+
+    def __call__(self, x, y, drop):
+        self.x = x
+        return torch.zeros(2, 1, 2, 4)
+
+
+def test_eq03_the_codes_are_the_groups_of_bits_in_order():
+    """Eq. (3): the first half of a token's bits is its first code, the other half its second one.
+
+    The least significant bit comes first. The targets are the codes BEFORE masking.
+    """
+    model = FourBits()
+    x_d = torch.tensor([[[1.0, -1, -1, 1]], [[1.0, 1, -1, -1]]])
+    batch = (None, None, x_d, torch.tensor([0, 1]))
+    u_code = [[[0.1, 0.9]], [[0.9, 0.1]]]
+    targets = []
+
+    def masked_loss(logits, codes):
+        targets.append(codes.tolist())
+
+    with mock.patch.object(train, "masked_loss", masked_loss):
+        train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
+    assert targets == [[[[1, 2]], [[3, 0]]]]
+    assert model.x.tolist() == [[[0, 0, -1, 1]], [[1, 1, 0, 0]]]
 
 
 class TinyVAE:
