@@ -606,7 +606,7 @@ def test_eq07_samples_go_through_the_tokenizers_in_their_units():
     system = sample.System.__new__(sample.System)
     same = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
     system.vae = same
-    system.vq = SimpleNamespace(encode=lambda x: x - 0.5, decode=lambda x: (x + 1) / 2)
+    system.vq = SimpleNamespace(encode=lambda x: x - 0.25, decode=lambda x: (x + 1) / 2)
     system.size = 2
     system.device = torch.device("cpu")
     system.mean = torch.tensor([0.0, 0.5, -0.5])
@@ -617,7 +617,7 @@ def test_eq07_samples_go_through_the_tokenizers_in_their_units():
     assert pictures[0, 1].tolist() == [[255, 128], [191, 255]]
     assert pictures[0, 2].tolist() == [[64, 64], [255, 64]]
 
-    pictures = torch.tensor([[[[0, 255], [200, 100]]] * 3]).byte()
+    pictures = torch.tensor([[[[0, 255], [100, 50]]] * 3]).byte()
     x_d = system.encode_discrete(pictures)
     assert x_d.tolist() == [[[-1] * 3, [1] * 3, [1] * 3, [-1] * 3]]
     assert system.decode_discrete(x_d)[0, 0].tolist() == [[0, 255], [255, 0]]

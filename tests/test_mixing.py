@@ -261,6 +261,7 @@ def test_eq10_puts_the_mask_token_where_m_is_1():
     x_d = torch.tensor([[[1., -1.], [-1., 1.], [1., 1.]]])
     masked = mixing.mask_discrete(x_d, bools([T, F, T]))
     assert masked.tolist() == [[[0, 0], [-1, 1], [0, 0]]]
+    assert masked.dtype == torch.float32, "g_M projects its input, which must stay float"
 
 
 def test_eq10_the_mask_token_is_all_zeros():

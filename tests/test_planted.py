@@ -1072,6 +1072,7 @@ LINES = [
     (7, sample.System, "decode_continuous", "x_c * self.std + self.mean",
      "(x_c + self.mean) * self.std"),
     (7, sample.System, "decode_continuous", "x_c * self.std + self.mean", "x_c"),
+    (7, sample.System, "encode_discrete", ".float() / 255", ".float() / 127.5 - 1"),
     (7, sample.System, "grid", "tokens.transpose(1, 2)", "tokens.transpose(1, 2).flip(2)"),
 
     (8, mixing, "hide", " < count", " <= count"),
@@ -1100,6 +1101,7 @@ LINES = [
     (9, train, "mixar_loss", "model.mix(x_c, x_d, m)", "model.mix(mean, x_d, m)"),
 
     (10, mixing, "mask_discrete", "0.0, x_d", "-x_d, x_d"),
+    (10, mixing, "mask_discrete", "0.0, x_d)", "0.0, x_d).long()"),
     (10, mixing, "mask_discrete", "0.0, x_d", "x_d.mean(), x_d"),
     (10, mixing, "mask_discrete", "m[..., None]", "m[:1, :, None]"),
     (10, mixing, "mask_discrete", "m[..., None]", "m[..., None] & (x_d > 0)"),
@@ -1224,7 +1226,7 @@ def test_the_sound_versions_are_sound(monkeypatch):
 
 
 def test_every_equation_has_at_least_five_mistakes():
-    """Each of Eqs. (3) to (12) has five planted mistakes or more. README says how many there are."""
+    """Each of Eqs. (3) to (12) has five planted mistakes or more. README says how many in all."""
     planted = Counter(mistake[0] for mistake in [*MISTAKES, *LINES])
     assert min(planted[equation] for equation in range(3, 13)) >= 5
     total = sum(planted[equation] for equation in range(3, 13))
