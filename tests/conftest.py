@@ -8,9 +8,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import running
+import sound
 import train
 
 HANDLERS = {number: signal.getsignal(number) for number in train.SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def others_are_sound(request):
+    """A test of one equation does not fail because of another one."""
+    with sound.others(request.node.name):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ follows from its name and shape, see `weight`.
 """
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,12 @@ FOLDER = Path(__file__).resolve().parent / "golden_data"
 CONSTANTS = ("bits_to_indices", "codebook", "num_batches_tracked")
 
 
+@cache
 def load(name):
-    """golden_data/NAME.npz as a dict of tensors. Text stays a numpy array."""
+    """golden_data/NAME.npz as a dict of tensors, which are read and never written to.
+
+    Text stays a numpy array.
+    """
     loaded = {}
     with np.load(FOLDER / f"{name}.npz") as arrays:
         for key, array in arrays.items():
@@ -44,6 +49,7 @@ def shapes(module):
     return {key: list(value.shape) for key, value in module.state_dict().items()}
 
 
+@cache
 def weight(key, shape, scale=1.0):
     """The float32 weight that belongs to a parameter name and a shape.
 
@@ -99,7 +105,7 @@ def official(name, probe=None, folder="tiny_layouts"):
             place = torch.arange(shape[1])
             state[key] = (code // 2 ** place % 2 * 2 - 1).float()
         else:
-            state[key] = weight(key, shape, scale(key, shape, probe))
+            state[key] = weight(key, tuple(shape), scale(key, shape, probe)).clone()
     return state
 
 

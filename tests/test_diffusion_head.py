@@ -177,6 +177,44 @@ def test_eq05_every_row_and_draw_has_its_own_loss():
     assert loss.tolist() == [[1, 2], [0, 10]]
 
 
+def test_eq05_the_loss_has_the_variational_term_beside_it():
+    """The loss of the head is Eq. (5) PLUS the variational term, in every row and draw.
+
+    Without that term the variance values v are never trained.
+    """
+    def two(x, x_t, eps, v, t, c):
+        return torch.full(t.shape, 2.0)
+
+    noise = torch.tensor([[[3.0, 3.0], [1.0, 1.0]]])
+    t = torch.tensor([[0, 500]])
+    head = head_that_predicts(torch.zeros(2))
+    with patch.object(diffusion_head, "variational_term", two):
+        loss = head.loss(torch.zeros(2, 3), torch.zeros(2, 2), t, noise)
+    assert loss.tolist() == [[9 + 2, 1 + 2]]
+
+
+def test_eq05_the_kl_goes_from_the_true_posterior_to_the_models():
+    """The variational term is KL(true || model's), in bits, averaged over the channels.
+
+    The true variance is 1 here. v = 1 stands for the upper bound, 4. Of two normals of equal mean
+    KL = (log 4 - 1 + 1/4) / 2, and a distance of 2 between the means adds 2^2 / 4 / 2.
+    """
+    c = SimpleNamespace(
+        recip=torch.ones(2), recip_m1=torch.ones(2), mean_x0=torch.ones(2), mean_xt=torch.zeros(2),
+        log_beta=torch.tensor([4.0, 4.0]).log(), log_var=torch.zeros(2),
+    )
+    x_t = torch.zeros(1, 2)
+    eps = torch.zeros(1, 2)
+    v = torch.ones(1, 2)
+    t = torch.tensor([1])
+    same_mean = 0.5 * (math.log(4) - 1 + 0.25)
+    for x, channels in [([0.0, 0.0], [0, 0]), ([0.0, 2.0], [0, 0.5])]:
+        x = torch.tensor([x])
+        found = diffusion_head.variational_term(x, x_t, eps, v, t, c)
+        expected = (same_mean + sum(channels) / 2) / math.log(2)
+        assert found.item() == pytest.approx(expected)
+
+
 def test_eq05_alone_trains_eps():
     """The variational term beside Eq. (5) trains v only: it sends no gradient into eps.   [MAR]"""
     c = diffusion_head.coefficients(1000)
@@ -273,31 +311,15 @@ def test_eq05_leaves_its_inputs_unchanged():
 
 # the loss, against MAR
 
-@pytest.fixture(scope="module")
-def mar():
-    """MAR's numbers for the tiny model."""
-    return golden.load("mar_tiny")
-
-
-@pytest.fixture(scope="module")
-def process():
-    """MAR's numbers for the diffusion process."""
-    return golden.load("diffusion")
-
-
 def tiny_head(probe=None):
     """The head of MAR's tiny model; probe: see golden.fill."""
     head = diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2)
     return golden.fill(head, "diffloss.", probe)
 
 
-@pytest.fixture(scope="module")
-def head():
-    return tiny_head()
-
-
-def test_parameter_names_are_mars(head):
+def test_parameter_names_are_mars():
     """The official files call the weights of the head diffloss.net...."""
+    head = tiny_head()
     expected = {}
     for key, shape in golden.layout("mar_tiny").items():
         if key.startswith("diffloss."):
@@ -306,11 +328,13 @@ def test_parameter_names_are_mars(head):
     assert found == expected
 
 
-def test_golden_loss_terms(mar, head):
+def test_eq05_golden_loss_terms():
     """Noised tokens, Eq. (5), variational term and the sum of both equal MAR's for 48 tokens.
 
     Row 0 reaches the edges of the likelihood at t = 0.
     """
+    mar = golden.load("mar_tiny")
+    head = tiny_head()
     c = diffusion_head.coefficients(1000)
     x = mar["loss_target"]
     noise = mar["loss_noise"]
@@ -331,8 +355,10 @@ def test_golden_loss_terms(mar, head):
     assert golden.difference(total, mar["loss_total"]) < 1e-5
 
 
-def test_golden_loss_gradients(mar, head):
+def test_eq05_golden_loss_gradients():
     """The mean over hidden tokens and its gradients into z, the first and the last layer."""
+    mar = golden.load("mar_tiny")
+    head = tiny_head()
     z = mar["decoder_z"].flatten(0, 1).requires_grad_()
     hidden = mar["mask"].flatten().bool()
     x = mar["loss_target"][hidden]
@@ -349,8 +375,10 @@ def test_golden_loss_gradients(mar, head):
     assert golden.difference(of_weight, mar["loss_grad_input_proj_weight"]) < 2e-4
 
 
-def test_loss_of_several_draws_is_the_loss_of_each(mar, head):
+def test_eq05_loss_of_several_draws_is_the_loss_of_each():
     """R draws in one call equal R calls of one draw."""
+    mar = golden.load("mar_tiny")
+    head = tiny_head()
     z = mar["decoder_z"].flatten(0, 1)
     x = mar["tokens"].flatten(0, 1)
     t = mar["train_t"].view(2, 48)
@@ -363,8 +391,10 @@ def test_loss_of_several_draws_is_the_loss_of_each(mar, head):
 
 # the head, against MAR
 
-def test_golden_head(mar, head):
+def test_eq05_golden_head():
     """Sinusoids of t, time embedding, and the raw output eps, v."""
+    mar = golden.load("mar_tiny")
+    head = tiny_head()
     x = mar["head_x"]
     t = mar["head_t"]
     z = mar["head_z"]
@@ -375,24 +405,35 @@ def test_golden_head(mar, head):
     assert golden.difference(found, mar["head_out"]) < 1e-5
 
 
+def test_eq05_the_time_of_many_rows_is_looked_up():
+    """With more rows than timesteps, each timestep is embedded once. Every row gets its own."""
+    embed = tiny_head().net.time_embed
+    t = torch.arange(1200) % 1000
+    many = embed(t)
+    assert golden.difference(many[:1000], embed(t[:1000])) < 1e-5
+    assert torch.equal(many[1000:], many[:200])
+
+
 @pytest.mark.parametrize("probe", ["all", "nogain"])
-def test_golden_head_norms(mar, probe):
+def test_eq05_golden_head_norms(probe):
     """The weights are so small that a wrong epsilon in any norm of the head shows."""
+    mar = golden.load("mar_tiny")
     small = tiny_head(probe)
     found = torch.cat(small.net(mar["head_x"], mar["head_t"], mar["head_z"]), dim=-1)
     expected = golden.load("eps_probe_mar")[f"head_out_{probe}"]
     assert golden.difference(found, expected) < 1e-5
 
 
-def test_golden_head_block(head):
+def test_eq05_golden_head_block():
     """One residual block equals MAR's on an input of about 1e-3."""
+    head = tiny_head()
     g = golden.load("eps_probe_mar")
     condition = torch.nn.functional.silu(g["head_block0_y"])
     found = head.net.res_blocks[0](g["head_block0_x"], condition)
     assert golden.difference(found, g["head_block0_out"]) < 1e-5
 
 
-def test_a_fresh_head_predicts_zero():
+def test_eq05_a_fresh_head_predicts_zero():
     """As in MAR, the last layer of a new head is zero, so that training starts from eps = 0."""
     fresh = small_head()
     eps, v = fresh.net(torch.ones(5, 2), torch.arange(5), torch.ones(5, 3))
@@ -407,14 +448,16 @@ def assert_equal_in_float64(found, expected):
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-10)
 
 
-def test_golden_cosine_schedule(process):
+def test_eq05_golden_cosine_schedule():
     """The 1000 betas before respacing."""
+    process = golden.load("diffusion")
     assert_equal_in_float64(diffusion_head.cosine_betas(), process["betas_raw_1000"])
 
 
 @pytest.mark.parametrize("n", [10, 25, 50, 100, 250, 1000])
-def test_golden_respacing(process, n):
+def test_eq05_golden_respacing(n):
     """Which of the 1000 timesteps n steps keep, and the betas between them."""
+    process = golden.load("diffusion")
     timesteps, betas = diffusion_head.respace(n)
     assert timesteps.tolist() == process[f"timesteps_{n}"].tolist()
     assert_equal_in_float64(betas, process[f"betas_{n}"])
@@ -423,11 +466,12 @@ def test_golden_respacing(process, n):
 
 
 @pytest.mark.parametrize("n", [25, 100, 1000])
-def test_golden_coefficients(process, n):
+def test_eq05_golden_coefficients(n):
     """Every factor of the reverse process is computed in float64.
 
     It equals MAR's to the last digit of float32.
     """
+    process = golden.load("diffusion")
     c = diffusion_head.coefficients(n)
     factors = {
         "posterior_mean_coef1": c.mean_x0,
@@ -446,17 +490,19 @@ def test_golden_coefficients(process, n):
 
 
 @pytest.mark.parametrize("n", [1, 1001])
-def test_respacing_refuses_steps_that_do_not_exist(n):
+def test_eq05_respacing_refuses_steps_that_do_not_exist(n):
     """Fewer than 2 or more than 1000 steps are a ValueError."""
     with pytest.raises(ValueError):
         diffusion_head.respace(n)
 
 
-def test_golden_model_distribution(process, head):
+def test_eq05_golden_model_distribution():
     """Mean, log variance and predicted x_0 at each of the 25 steps.
 
     They are compared row by row, because the rows differ widely in size.
     """
+    process = golden.load("diffusion")
+    head = tiny_head()
     c = diffusion_head.coefficients(25)
     i = process["pmv_t_index"]
     x_t = process["pmv_x"]
@@ -468,7 +514,7 @@ def test_golden_model_distribution(process, head):
             assert difference < 1e-5, f"{name}, step {row}"
 
 
-def test_bound_limits_x_0_alone():
+def test_eq05_bound_limits_x_0_alone():
     """`bound` cuts the predicted x_0 to [-bound, bound] before the mean is taken.
 
     Without a bound nothing is cut, as in MAR.
@@ -539,11 +585,12 @@ def trajectory(head, process, steps, **how):
     (25, 0.0, "25"),
     (25, 0.9, "25_temp0.9"),
 ])
-def test_golden_sampler_with_an_analytic_denoiser(process, steps, temperature, name):
+def test_eq05_golden_sampler_with_an_analytic_denoiser(steps, temperature, name):
     """Every step of the reverse process equals MAR's, without and with noise.
 
     The highest timestep comes first. The last step adds no noise.
     """
+    process = golden.load("diffusion")
     head = diffusion_head.DiffusionHead(C=8, D=32, W=48, depth=2)
     head.net = Analytic(process)
     found = trajectory(head, process, steps, temperature=temperature)
@@ -557,8 +604,10 @@ def test_golden_sampler_with_an_analytic_denoiser(process, steps, temperature, n
     (25, 0.0, "25_cfg1"),
     (25, 0.9, "25_cfg1_temp0.9"),
 ])
-def test_golden_sampler(process, head, steps, temperature, name):
+def test_eq05_golden_sampler(steps, temperature, name):
     """The reverse process with the tiny head."""
+    process = golden.load("diffusion")
+    head = tiny_head()
     found = trajectory(head, process, steps, temperature=temperature)
     assert golden.difference(found[-1], process[f"head_sample_{name}"]) < 1e-5
     if name == "25_cfg1":
@@ -570,11 +619,13 @@ def test_golden_sampler(process, head, steps, temperature, name):
     (25, 0.0, "25_cfg3"),
     (25, 0.9, "25_cfg3_temp0.9"),
 ])
-def test_golden_guided_sampler(process, head, steps, temperature, name):
+def test_eq05_golden_guided_sampler(steps, temperature, name):
     """Guidance of scale 3 is eps_u + 3 (eps_c - eps_u) at every step.
 
     The variance is the conditional one. Both predictions see the same x.
     """
+    process = golden.load("diffusion")
+    head = tiny_head()
     if temperature:
         # the guided reference was given noise of its own
         process = process | dict(step_noise_25=process["step_noise_25_cfg"][:, :5])
@@ -586,11 +637,13 @@ def test_golden_guided_sampler(process, head, steps, temperature, name):
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_bound_limits_the_sample(process, head, guided):
+def test_eq05_bound_limits_the_sample(guided):
     """The last step returns x_0 itself, so no sampled token exceeds the bound.
 
     Without a bound, the tokens of the untrained head reach 1e4 and more.
     """
+    process = golden.load("diffusion")
+    head = tiny_head()
     noise = torch.cat([process["noise_init"][None], torch.zeros(24, 5, 8)])
     guidance = dict(scale=3.0, z_uncond=process["z_uncond"]) if guided else {}
     free = head.sample(process["z"], noise, 25, **guidance)
@@ -599,8 +652,10 @@ def test_bound_limits_the_sample(process, head, guided):
     assert bounded.abs().max() <= 2.0 + 1e-5
 
 
-def test_guidance_1_is_no_guidance(process, head):
+def test_eq05_guidance_1_is_no_guidance():
     """eps_u + 1 (eps_c - eps_u) is eps_c: at scale 1, z_uncond changes no token."""
+    process = golden.load("diffusion")
+    head = tiny_head()
     noise = reference_noise(process, 25)
     alone = head.sample(process["z"], noise, 25)
     guided = head.sample(process["z"], noise, 25, 1.0, process["z_uncond"], 1.0)

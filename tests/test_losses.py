@@ -1,7 +1,7 @@
 """Tests of the training steps by value.
 
-They check what the losses of train.py give to the models, in which order, and what the losses make
-of the answers. The last two tests check what sample.py gives to its samplers.
+They check what the losses of train.py give to the models, and what the losses make of the answers.
+The last tests check what sample.py gives to its samplers and tokenizers.
 """
 import math
 from types import SimpleNamespace
@@ -23,24 +23,41 @@ F = False
 
 
 class Given:
-    """Fixed numbers in place of a step's random numbers, given in the order of use.
+    """Fixed numbers in place of a step's random numbers.
 
-    Each of `numbers` has the shape (B, *shape).
+    normal, uniform  tensors of the shape (B, *shape) that torch.randn and torch.rand give in turn
+    shared           those for the whole batch
+
+    A step is given the next numbers that have as many axes as it asks for. If it asks for another
+    shape, they are repeated or cut off, and the last ones are given again. So one wrong draw of a
+    step leaves the numbers of all other draws as they are. `given` notes every (f, numbers).
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, *numbers):
-        self.numbers = [torch.tensor(x) for x in numbers]
+    def __init__(self, normal=(), uniform=(), shared=()):
+        self.normal = [torch.tensor(x) for x in normal]
+        self.uniform = [torch.tensor(x) for x in uniform]
+        self.of_all = [torch.tensor(x) for x in shared]
+        rows = [*self.normal, *self.uniform]
+        self.B = len(rows[0]) if rows else 0
+        self.given = []
+
+    def take(self, f, numbers, shape):
+        fit = [k for k, x in enumerate(numbers) if x.dim() == len(shape)] or [0]
+        found = numbers[fit[0]]
+        if len(fit) > 1:
+            del numbers[fit[0]]
+        found = torch.tensor(np.resize(found, shape))
+        self.given.append((f, found))
+        return found
 
     def shared(self, f, *shape):
-        number = self.numbers.pop(0)
-        assert number.shape == shape, f"{tuple(number.shape)} given, {shape} asked for"
-        return number
+        return self.take(f, self.of_all, shape)
 
     def __call__(self, f, *shape):
-        batch = len(self.numbers[0])
-        return self.shared(f, batch, *shape)
+        numbers = self.normal if f is torch.randn else self.uniform
+        return self.take(f, numbers, (self.B, *shape))
 
 
 # the step of MixAR
@@ -48,22 +65,39 @@ class Given:
 class Recorder:
     """A MAR that notes its inputs.
 
-    The z of a token is ten times its x_c. The loss of a row is its t.
+    What it mixes is x_c + 1000. The z of a token is its number in the batch, 0 to 7. The loss of a
+    row is its t.
+
+    x_c     what the step has from Eq. (7)
+    hidden  the mask of the step, from Eq. (8)
+    given   the random numbers of the step, in the order of use
     """
 
     def __init__(self):
         self.diffloss = SimpleNamespace(loss=self.loss)
+        self.x_c = None
+        self.mixed_with = None
 
     def mix(self, x_c, x_d, m):
-        self.x_c = x_c
+        if self.x_c is None:
+            # a step that does not sample x_c
+            self.x_c = x_c
+        self.mixed_from = x_c
         self.mixed_with = x_d
-        return x_c
+        self.mixed_where = m
+        return x_c + 1000
 
     def __call__(self, x, x_d, m, y, drop):
+        if self.mixed_with is None:
+            # a step that does not mix
+            self.mixed_with = x_d
+            self.mixed_where = m
+        self.mixed = x
         self.x_d = x_d
         self.m = m
+        self.y = y
         self.drop = drop
-        return 10 * x
+        return torch.arange(8.0, requires_grad=True).view(2, 4, 1)
 
     def loss(self, z, x, t, noise):
         self.z = z
@@ -74,15 +108,15 @@ class Recorder:
 
 
 class SurePrior:
-    """A prior of one bit per token that is sure of -1, for two images of four tokens."""
+    """A prior of one bit per token that is sure of -1."""
 
     splits = 1
 
     def __call__(self, x, y):
-        return torch.tensor([1.0, 0.0]).log().expand(2, 4, 1, 2)
+        return torch.tensor([1.0, 0.0]).log().expand(*x.shape, 2)
 
 
-# The random numbers of one step, for two images of four tokens, in the order of use.
+# The random numbers of one step, for two images of four tokens.
 POSTERIOR_NOISE = [
     [[1.0, -1.0]] * 4,
     [[2.0, 0.0]] * 4,
@@ -91,13 +125,17 @@ POSTERIOR_NOISE = [
 RATIO = [0.0]
 # sorted, they give the order of the tokens: 0, 2 come first in one image, 1, 3 in the other
 ORDER = [
-    [0.1, 0.9, 0.2, 0.8],
-    [0.9, 0.1, 0.8, 0.2],
+    [0.1, 0.4, 0.2, 0.3],
+    [0.9, 0.6, 0.8, 0.7],
 ]
 LABEL_DROP = [0.05, 0.5]
 # the next two are used with --ti-mix alone
-PREDICTION = [[[0.5]] * 4] * 2
-RHO = [[0.1, 0.9, 0.6, 0.4]] * 2
+PREDICTION = [[[0.5]] * 4, [[0.25]] * 4]
+RHO = [
+    [0.1, 0.9, 0.6, 0.4],
+    [0.4, 0.7, 0.1, 0.2],
+]
+# two draws of each of two hidden tokens
 TIMESTEP = [
     [[0.0, 0.5], [0.9999, 0.25]],
     [[0.125, 0.75], [0.001, 0.002]],
@@ -111,69 +149,166 @@ NOISE = [
 def mixar_step(step=0, *flags):
     """(model, loss) of one training step on two images of four tokens, two of them hidden.
 
-    x_d is all +1. The prior is sure of -1.
+    x_d is all +1.
     """
     args = train.parse(["--steps", "3", *flags])
     args.recipe["mixar"]["draws"] = 2
     model = Recorder()
-    mean = torch.tensor([1.0, 2.0]).expand(2, 4, 2)
+    mean = 10 * torch.arange(8.0).view(2, 4, 1) + torch.tensor([1.0, 2.0])
     std = torch.tensor([0.5, 3.0]).expand(2, 4, 2)
     x_d = torch.ones(2, 4, 1)
     y = torch.tensor([0, 1])
     of_ti_mix = [PREDICTION, RHO] if "--ti-mix" in flags else []
-    rng = Given(POSTERIOR_NOISE, RATIO, ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP, NOISE)
-    with mock.patch.object(mixing, "mask_ratio", {0.0: 0.5}.get):
+    rng = Given([POSTERIOR_NOISE, NOISE], [ORDER, LABEL_DROP, *of_ti_mix, TIMESTEP], [RATIO])
+    reparameterize = tokenizers.reparameterize
+    sample_mask = mixing.sample_mask
+
+    def note_x_c(mean, std, noise):
+        model.x_c = reparameterize(mean, std, noise)
+        return model.x_c
+
+    masks = []
+
+    def mask_ratio(u, low=0.7):
+        return 0.5 if (u, low) == (RATIO[0], 0.7) else 0.75
+
+    def note_mask(order, ratio):
+        masks.append(sample_mask(order, ratio))
+        return masks[0]
+
+    of_eq07 = mock.patch.object(tokenizers, "reparameterize", note_x_c)
+    of_eq08 = mock.patch.multiple(mixing, mask_ratio=mask_ratio, sample_mask=note_mask)
+    with of_eq07, of_eq08:
         loss = train.mixar_loss(model, (mean, std, x_d, y), rng, step, SurePrior(), args)
+    model.given = rng.given
+    # one line of a step may use another mask by mistake: the mask is what two of three agree on
+    model.hidden = model.m
+    if masks and torch.equal(masks[0], model.mixed_where):
+        model.hidden = masks[0]
     return model, loss
 
 
 def test_eq07_the_step_draws_x_c_from_the_cached_moments():
-    """x_c is the cached mean plus the cached deviation times the noise."""
+    """Eq. (7): x_c is the cached mean plus the cached deviation times the noise."""
     model, _ = mixar_step()
-    assert model.x_c[:, 0].tolist() == [[1.5, -1.0], [2.0, 2.0]]
+    assert model.x_c[:, 0].tolist() == [[1.5, -1.0], [42.0, 42.0]]
 
 
 def test_eq08_the_step_hides_the_first_of_a_random_order():
-    """Half of the tokens are hidden, the first of an order. Every image has an order of its own."""
+    """Eq. (8): half of the tokens are hidden here, the first of an order.
+
+    Every image has an order of its own. One ratio, from mask_ratio, holds for the whole batch.
+    """
     model, _ = mixar_step()
-    assert model.m.tolist() == [[T, F, T, F], [F, T, F, T]]
+    assert model.hidden.tolist() == [[T, F, T, F], [F, T, F, T]]
 
 
-def test_the_step_withholds_the_class_where_its_draw_is_below_label_drop():
-    """The class of an image is withheld where its uniform random number is below label_drop."""
+def test_eq06_the_step_gives_mask_and_x_d_to_the_model():
+    """Eq. (6): the model is told which tokens are hidden, by the mask of Eq. (8), and X_d."""
+    model, _ = mixar_step()
+    assert torch.equal(model.m, model.hidden)
+    assert (model.x_d == 1).all()
+
+
+def test_eq06_the_step_withholds_the_class_where_its_draw_is_below_label_drop():
+    """Eq. (6): an image goes without its class where its uniform number is below LABEL_DROP.
+
+    Otherwise the model is given its class.
+    """
     model, _ = mixar_step()
     assert model.drop.tolist() == [T, F]
+    assert model.y.tolist() == [0, 1]
+
+
+def test_eq09_the_step_gives_the_mixed_sequence_to_the_model():
+    """Eq. (9): the model sees x~, mixed from x_c and x_d by the mask of Eq. (8)."""
+    model, _ = mixar_step()
+    assert torch.equal(model.mixed_from, model.x_c)
+    assert torch.equal(model.mixed, model.x_c + 1000)
+    assert torch.equal(model.mixed_where, model.hidden)
+    assert (model.mixed_with == 1).all()
 
 
 def test_eq05_the_step_takes_the_loss_on_hidden_tokens_alone():
-    """The head is given z and x_c of the same hidden tokens. The loss is the mean over all rows.
+    """Eq. (5): the head is given z and x_c of the same HIDDEN tokens. The loss is the mean.
 
-    t and noise of an image lie in the rows of that image, one line per draw.
+    The target is x_c, not the mixed sequence. The gradient goes on through z into the backbone.
     """
     model, loss = mixar_step()
-    assert torch.equal(model.z, 10 * model.x)
-    assert torch.equal(model.x, model.x_c[model.m])
-    assert model.t.tolist() == [[0, 500, 125, 750], [999, 250, 1, 2]]
-    assert loss == model.t.float().mean()
-    assert model.noise[:, :, 0].tolist() == [[1, 3, 9, 11], [5, 7, 13, 15]]
+    assert model.z.flatten().tolist() == model.hidden.flatten().nonzero().flatten().tolist()
+    assert torch.equal(model.x, model.x_c[model.hidden])
+    assert model.z.requires_grad
+    torch.testing.assert_close(loss, model.t.float().mean(), equal_nan=True)
+
+
+def test_eq05_the_step_draws_t_and_noise_for_every_hidden_token():
+    """Eq. (5): every hidden token has its own t and its own noise, in each of the R = 2 draws.
+
+    t is uniform in 0 .. 999. t and noise of an image lie in the rows of that image, one line per
+    draw.
+    """
+    model, _ = mixar_step()
+    hidden = int(model.hidden[0].sum())
+    # the last two draws of the step; there is one line per draw and the images follow each other
+    (f, uniform), (g, normal) = model.given[-2:]
+    assert f is torch.rand
+    assert g is torch.randn
+    assert uniform.shape == (2, 2, hidden)
+    assert normal.shape == (2, 2, hidden, 2)
+    t = (1000 * torch.cat(list(uniform), dim=1)).long()
+    assert torch.equal(model.t, t)
+    assert torch.equal(model.noise, torch.cat(list(normal), dim=1))
+
+
+def test_eq11_the_step_lets_the_prior_predict_behind_the_mask():
+    """Eq. (11): with --ti-mix, g_M is asked for the true X_d behind the mask of Eq. (8).
+
+    It is given the class and one uniform number for every token and bit group. Eq. (12) takes its
+    answer.
+    """
+    asked = []
+    x_hat = -torch.ones(2, 4, 1)
+    taken = []
+
+    def predict_masked(*inputs):
+        asked.append(inputs)
+        return x_hat
+
+    def ti_mix(*inputs):
+        taken.extend(inputs)
+        return inputs[0]
+
+    with mock.patch.multiple(mixing, predict_masked=predict_masked, ti_mix=ti_mix):
+        model, _ = mixar_step(2, "--ti-mix")
+    assert len(asked) == 1
+    prior, x_d, m, y, u = asked[0]
+    assert isinstance(prior, SurePrior)
+    assert (x_d == 1).all()
+    assert torch.equal(m, model.hidden)
+    assert y.tolist() == [0, 1]
+    assert u.tolist() == PREDICTION
+    assert any(given is x_hat for given in [*taken, model.x_d])
 
 
 def test_eq12_the_step_guides_by_the_mixed_tokens():
     """Eq. (12): with --ti-mix the model is guided by x~_d. Without it, the model is guided by x_d.
 
-    lambda is 1, 0.5, 0 in the three steps. The truth is kept where rho is below lambda.
+    lambda is 1, 0.5, 0 in the three steps. The truth, +1, is kept where rho is below lambda. What
+    g_M predicts is -1 here.
     """
+    def predict_masked(*inputs):
+        return -torch.ones(2, 4, 1)
+
     model, _ = mixar_step()
     assert (model.x_d == 1).all()
-    expected = [
-        [[1, 1, 1, 1], [1, 1, 1, 1]],
-        [[1, 1, -1, 1], [1, -1, 1, 1]],
-        [[-1, 1, -1, 1], [1, -1, 1, -1]],
-    ]
-    for step in range(3):
-        model, _ = mixar_step(step, "--ti-mix")
-        assert model.x_d[..., 0].tolist() == expected[step], f"step {step}"
-        assert model.mixed_with is model.x_d
+    for step, lam in enumerate((1.0, 0.5, 0.0)):
+        with mock.patch.object(mixing, "predict_masked", predict_masked):
+            model, _ = mixar_step(step, "--ti-mix")
+        # the last uniform numbers of this shape
+        rho = [x for f, x in model.given if f is torch.rand and x.shape == (2, 4)][-1]
+        generated = model.hidden & (rho >= lam)
+        assert torch.equal(model.x_d[..., 0] == -1, generated), f"step {step}"
+        assert torch.equal(model.mixed_with, model.x_d)
 
 
 # the steps of the other three models
@@ -190,12 +325,13 @@ class TinyPrior:
 
     def __call__(self, x, y, drop):
         self.x = x
+        self.y = y
         self.drop = drop
         return torch.tensor([0.0, 2.0]).expand(2, 3, 2, 2)
 
 
 def test_eq03_the_step_hides_codes_and_withholds_classes():
-    """u = 0 hides every code of the first image, u = 1 hides none of the second.
+    """Eq. (3): u = 0 hides every code of the first image, u = 1 hides none of the second.
 
     The smoothed cross-entropy is the mean over all codes.
     """
@@ -204,16 +340,61 @@ def test_eq03_the_step_hides_codes_and_withholds_classes():
     x_d = torch.tensor([[[1.0, 1]] * 3, [[1, -1.0]] * 3])
     batch = (None, None, x_d, torch.tensor([0, 1]))
     u_ratio = [0.0, 1.0]
-    u_code = [[[0.5] * 2] * 3] * 2
-    loss = train.prior_loss(model, batch, Given(u_ratio, u_code, LABEL_DROP), 0)
+    u_code = [[[0.5, 0.7]] * 3] * 2
+    loss = train.prior_loss(model, batch, Given([], [u_ratio, u_code, LABEL_DROP]), 0)
     assert (model.x[0] == 0).all()
     assert torch.equal(model.x[1], x_d[1])
     assert model.drop.tolist() == [T, F]
+    assert model.y.tolist() == [0, 1]
 
     log_p = torch.tensor([0.0, 2.0]).log_softmax(0)
     likely = 0.95 * log_p[1] + 0.05 * log_p[0]
     unlikely = 0.95 * log_p[0] + 0.05 * log_p[1]
     assert loss.item() == pytest.approx(-(0.75 * likely + 0.25 * unlikely).item())
+
+
+def test_eq03_the_step_hides_each_code_by_its_own_draw():
+    """Eq. (3): with u = 0.5, which hides 2 of 3 codes, those below 2/3 are hidden.
+
+    Every bit group of every token has its own uniform number. A hidden code is all zeros.
+    """
+    model = TinyPrior()
+    x_d = torch.tensor([[[1.0, -1]] * 3] * 2)
+    u_code = [[[0.1, 0.9], [0.7, 0.6], [0.9, 0.2]], [[0.9, 0.9], [0.1, 0.1], [0.7, 0.9]]]
+    batch = (None, None, x_d, torch.tensor([0, 1]))
+    train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
+    assert model.x.tolist() == [[[0, -1], [1, 0], [1, 0]], [[1, -1], [0, 0], [1, -1]]]
+
+
+class FourBits:
+    """A prior of four bits per token, in two groups, that notes its input."""
+
+    splits = 2
+    bits = 4
+
+    def __call__(self, x, y, drop):
+        self.x = x
+        return torch.zeros(2, 1, 2, 4)
+
+
+def test_eq03_the_codes_are_the_groups_of_bits_in_order():
+    """Eq. (3): the first half of a token's bits is its first code, the other half its second one.
+
+    The least significant bit comes first. The targets are the codes BEFORE masking.
+    """
+    model = FourBits()
+    x_d = torch.tensor([[[1.0, -1, -1, 1]], [[1.0, 1, -1, -1]]])
+    batch = (None, None, x_d, torch.tensor([0, 1]))
+    u_code = [[[0.1, 0.9]], [[0.9, 0.1]]]
+    targets = []
+
+    def masked_loss(logits, codes):
+        targets.append(codes.tolist())
+
+    with mock.patch.object(train, "masked_loss", masked_loss):
+        train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
+    assert targets == [[[[1, 2]], [[3, 0]]]]
+    assert model.x.tolist() == [[[0, 0, -1, 1]], [[1, 1, 0, 0]]]
 
 
 class TinyVAE:
@@ -236,7 +417,7 @@ def test_eq07_the_vae_learns_to_reconstruct_a_sample_of_its_posterior():
     """
     pictures = torch.full((1, 3, 2, 2), 0.75)
     noise = [[[[0.5]], [[0.5]]]]
-    loss = train.vae_loss(TinyVAE(), (pictures,), Given(noise), 0)
+    loss = train.vae_loss(TinyVAE(), (pictures,), Given([noise]), 0)
     kl = 0.5 * (4 + 4 - 1 - math.log(4))
     assert loss.item() == pytest.approx((0.5 - 3) ** 2 + 1e-4 * kl)
 
@@ -351,59 +532,92 @@ def system_with(settings):
     )
 
 
-def test_every_sampling_setting_reaches_its_sampler(monkeypatch):
-    """Eq. (4) is given the prior's four settings, Eq. (6) the six others.
-
-    Those of Eq. (6) are ar_steps, diffusion_steps, cfg, its schedule, temperature and bound.
-    """
+def test_eq04_the_sampler_is_given_its_settings(monkeypatch):
+    """Eq. (4) is given the prior's four settings: steps, guidance, its power, temperature."""
     def settings_of_prior(prior, y, draw, gumbel, steps, guidance, power, temperature):
         return steps, guidance, power, temperature
 
+    monkeypatch.setattr(sample, "sample_prior", settings_of_prior)
+    # the value of every setting is its own name
+    system = system_with({name: name for name in OF_PRIOR + OF_MIXAR})
+    assert sample.System.sample_discrete(system, 0, [0], torch.tensor([0])) == OF_PRIOR
+
+
+def test_eq06_the_sampler_is_given_its_settings(monkeypatch):
+    """Eq. (6) is given ar_steps, diffusion_steps, cfg, its schedule, temperature and bound."""
     def settings_of_mixar(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg, schedule,
                           temperature, bound, on_step):
         return ar_steps, diffusion_steps, cfg, schedule, temperature, bound
 
-    monkeypatch.setattr(sample, "sample_prior", settings_of_prior)
     monkeypatch.setattr(sample, "generate", settings_of_mixar)
-    # the value of every setting is its own name
     system = system_with({name: name for name in OF_PRIOR + OF_MIXAR})
-    y = torch.tensor([0])
-    assert sample.System.sample_discrete(system, 0, [0], y) == OF_PRIOR
-    assert sample.System.sample_continuous(system, 0, [0], y, None) == OF_MIXAR
+    assert sample.System.sample_continuous(system, 0, [0], torch.tensor([0]), None) == OF_MIXAR
 
 
-def test_the_samplers_get_the_random_numbers_of_each_image(monkeypatch):
-    """The random numbers of an image depend on the seed and on the number of the image alone.
+def test_eq04_the_sampler_gets_the_random_numbers_of_each_image(monkeypatch):
+    """Eq. (4) is given Gumbel and uniform numbers.
 
-    Eq. (4) is given Gumbel and uniform numbers. Eq. (6) is given a permutation, and normal noise
-    for each diffusion step. Its rows hold one image after the other.
+    Those of an image depend on the seed and on the number of the image alone.
     """
-    # three tokens of each image are filled in this AR step
-    now = torch.tensor([[T, F, T, T], [T, T, T, F]])
-
     def numbers_of_prior(prior, y, draw, gumbel, *settings):
         return gumbel(), draw(None)
-
-    def numbers_of_mixar(model, x_d, y, order, noise, *settings):
-        return order, noise(now, 2)
 
     def return_u(logits, u):
         return u
 
     monkeypatch.setattr(sample, "sample_prior", numbers_of_prior)
-    monkeypatch.setattr(sample, "generate", numbers_of_mixar)
     monkeypatch.setattr(mixing, "sample_codes", return_u)
     system = system_with(dict.fromkeys(OF_PRIOR + OF_MIXAR))
     gumbel, uniform = sample.System.sample_discrete(system, 7, [3, 5], None)
-    order, noise = sample.System.sample_continuous(system, 7, [3, 5], None, None)
-    assert noise.shape == (2, 6, 3)
-
     for row, image in enumerate((3, 5)):
         g = np.random.Generator(np.random.Philox(key=[7, 2 * image]))
         assert np.array_equal(gumbel[row], g.gumbel(size=(4, 2)).astype(np.float32))
         assert np.array_equal(uniform[row], g.random((4, 2), np.float32))
 
+
+def test_eq06_the_sampler_gets_the_random_numbers_of_each_image(monkeypatch):
+    """Eq. (6) is given a permutation, and normal noise for each diffusion step.
+
+    Those of an image depend on the seed and on the number of the image alone. The rows of the noise
+    hold one image after the other.
+    """
+    # three tokens of each image are filled in this AR step
+    now = torch.tensor([[T, F, T, T], [T, T, T, F]])
+
+    def numbers_of_mixar(model, x_d, y, order, noise, *settings):
+        return order, noise(now, 2)
+
+    monkeypatch.setattr(sample, "generate", numbers_of_mixar)
+    system = system_with(dict.fromkeys(OF_PRIOR + OF_MIXAR))
+    order, noise = sample.System.sample_continuous(system, 7, [3, 5], None, None)
+    assert noise.shape == (2, 6, 3)
+    for row, image in enumerate((3, 5)):
         h = np.random.Generator(np.random.Philox(key=[7, 2 * image + 1]))
         assert np.array_equal(order[row], h.permutation(4))
         rows = noise[:, 3 * row:3 * row + 3]
         assert np.array_equal(rows, h.standard_normal((2, 3, 3), np.float32))
+
+
+def test_eq07_samples_go_through_the_tokenizers_in_their_units():
+    """Eq. (7) and back: x_c is denormalised by the run's mean and deviation before the VAE.
+
+    Tokens become a grid row by row. The bit tokenizer sees pictures in [0, 1] and gives signs.
+    """
+    system = sample.System.__new__(sample.System)
+    same = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
+    system.vae = same
+    system.vq = SimpleNamespace(encode=lambda x: x - 0.25, decode=lambda x: (x + 1) / 2)
+    system.size = 2
+    system.device = torch.device("cpu")
+    system.mean = torch.tensor([0.0, 0.5, -0.5])
+    system.std = torch.tensor([1.0, 0.5, 2.0])
+    x_c = torch.tensor([[[-1.0, 1, 0], [1, -1, 0], [0, 0, 0.75], [-1, 1, 0]]])
+    pictures = system.decode_continuous(x_c)
+    assert pictures[0, 0].tolist() == [[0, 255], [128, 0]]
+    assert pictures[0, 1].tolist() == [[255, 128], [191, 255]]
+    assert pictures[0, 2].tolist() == [[64, 64], [255, 64]]
+
+    pictures = torch.tensor([[[[0, 255], [100, 50]]] * 3]).byte()
+    x_d = system.encode_discrete(pictures)
+    assert x_d.tolist() == [[[-1] * 3, [1] * 3, [1] * 3, [-1] * 3]]
+    assert system.decode_discrete(x_d)[0, 0].tolist() == [[0, 255], [255, 0]]

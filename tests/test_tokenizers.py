@@ -73,17 +73,13 @@ def tiny_vae(attn=True, probe=None):
     return tokenizers.KLVAE.from_official(golden.official(name, probe))
 
 
-@pytest.fixture(scope="module")
-def va():
-    return golden.load("vavae_tiny")
-
-
 @torch.no_grad()
-def test_golden_vae_encoder(va):
+def test_eq07_golden_vae_encoder():
     """Posterior mean and log variance, of a square picture and of one of another size.
 
     No log variance needs clamping here.
     """
+    va = golden.load("vavae_tiny")
     vae = tiny_vae()
     assert golden.difference(vae.encoder(va["image"]), va["encoder_out"]) < 2e-5
     mean, logvar = vae.encode(va["image"])
@@ -95,8 +91,9 @@ def test_golden_vae_encoder(va):
 
 
 @torch.no_grad()
-def test_golden_vae_decoder(va):
+def test_eq07_golden_vae_decoder():
     """Pictures from the posterior mean, with attention (VA-VAE) and without (KL-16)."""
+    va = golden.load("vavae_tiny")
     assert golden.difference(tiny_vae().decode(va["mean"]), va["recon"]) < 2e-5
     other_size = tiny_vae().decode(va["moments_16x24"][:, :4])
     assert golden.difference(other_size, va["recon_16x24"]) < 2e-5
@@ -105,8 +102,9 @@ def test_golden_vae_decoder(va):
 
 @pytest.mark.parametrize("probe", ["all", "nogain"])
 @torch.no_grad()
-def test_golden_vae_norms(va, probe):
+def test_eq07_golden_vae_norms(probe):
     """Weights so small that a wrong epsilon in any norm shows."""
+    va = golden.load("vavae_tiny")
     g = golden.load("eps_probe_vae")
     vae = tiny_vae(True, probe)
     moments = torch.cat(vae.encode(va["image"]), dim=1)
@@ -116,8 +114,9 @@ def test_golden_vae_norms(va, probe):
     assert golden.difference(recon, g[f"kl_recon_{probe}"]) < 2e-5
 
 
-def test_golden_posterior(va):
+def test_eq07_golden_posterior():
     """A sample of the posterior with given noise, and its KL to the standard normal per picture."""
+    va = golden.load("vavae_tiny")
     x_c = tokenizers.reparameterize(va["mean"], (0.5 * va["logvar"]).exp(), va["eps"])
     assert golden.difference(x_c, va["sample"]) < 2e-5
     kl = tokenizers.kl_to_normal(va["mean"], va["logvar"])
@@ -125,8 +124,9 @@ def test_golden_posterior(va):
 
 
 @torch.no_grad()
-def test_golden_log_variance_is_clamped(va):
+def test_eq07_golden_log_variance_is_clamped():
     """Log variances of -50 and 50 become -30 and 20, so that no deviation is 0 or infinite."""
+    va = golden.load("vavae_tiny")
     vae = tiny_vae()
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias[4:] = torch.tensor([-50.0, 50.0, 0.0, 0.0])
@@ -141,17 +141,13 @@ def tiny_vq(probe=None):
     return tokenizers.BitVQ.from_official(golden.official("maskbit_tokenizer_tiny", probe))
 
 
-@pytest.fixture(scope="module")
-def bit():
-    return golden.load("maskbit_tokenizer_tiny")
-
-
 @torch.no_grad()
-def test_golden_vq_encoder(bit):
+def test_eq07_golden_vq_encoder():
     """z of an even and of an odd-sized picture, which is padded on other sides.
 
     Also the signs of z and their indices, channel 0 least significant.
     """
+    bit = golden.load("maskbit_tokenizer_tiny")
     vq = tiny_vq()
     z = vq.encode(bit["image"])
     assert golden.difference(z, bit["z"]) < 1e-5
@@ -161,16 +157,18 @@ def test_golden_vq_encoder(bit):
     assert torch.equal(tokenizers.bits_to_codes(x_d.movedim(1, -1)), bit["indices"])
 
 
-def test_golden_vq_zero_is_a_minus(bit):
+def test_eq07_golden_vq_zero_is_a_minus():
     """z exactly 0 gives the bit -1."""
+    bit = golden.load("maskbit_tokenizer_tiny")
     x_d = tokenizers.quantise(torch.zeros(1, 6))
     assert x_d[0].tolist() == bit["zero_bits"].tolist()
     assert tokenizers.bits_to_codes(x_d).tolist() == bit["zero_index"].tolist()
 
 
 @torch.no_grad()
-def test_golden_vq_decoder(bit):
+def test_eq07_golden_vq_decoder():
     """Pictures from the bits, and from the indices through the bits."""
+    bit = golden.load("maskbit_tokenizer_tiny")
     vq = tiny_vq()
     assert golden.difference(vq.decode(bit["bits"]), bit["recon"]) < 1e-5
     x_d = tokenizers.codes_to_bits(bit["indices"][..., None], 6).movedim(-1, 1)
@@ -179,8 +177,9 @@ def test_golden_vq_decoder(bit):
 
 @pytest.mark.parametrize("probe", ["all", "nogain"])
 @torch.no_grad()
-def test_golden_vq_norms(bit, probe):
+def test_eq07_golden_vq_norms(probe):
     """Weights so small that a wrong epsilon in any norm shows."""
+    bit = golden.load("maskbit_tokenizer_tiny")
     g = golden.load("eps_probe_maskbit")
     vq = tiny_vq(probe)
     assert golden.difference(vq.encode(bit["image"]), g[f"z_{probe}"]) < 1e-5
@@ -188,9 +187,10 @@ def test_golden_vq_norms(bit, probe):
 
 
 @pytest.mark.parametrize("name", ["z", "zsmall", "given"])
-def test_golden_quantiser_losses(bit, name):
+def test_eq07_golden_quantiser_losses(name):
     """Commitment, the two entropies and the gradient of their sum, for large and for small z."""
-    z = bit[f"train_{name}_input"].requires_grad_()
+    bit = golden.load("maskbit_tokenizer_tiny")
+    z = bit[f"train_{name}_input"].clone().requires_grad_()
     losses = tokenizers.quantiser_losses(z, tiny_vq().quantize.codebook)
     commitment, per_token, average = losses
     entropy = 0.02 * (per_token - average)
@@ -208,8 +208,9 @@ def test_golden_quantiser_losses(bit, name):
     assert golden.difference(z.grad, bit[f"train_{name}_grad_quantizer_loss"]) < 1e-3
 
 
-def test_quantiser_losses_are_fp32_under_autocast(bit):
+def test_eq07_quantiser_losses_are_fp32_under_autocast():
     """Autocast changes nothing: a division by 0.01 would magnify the rounding of bf16."""
+    bit = golden.load("maskbit_tokenizer_tiny")
     z = bit["train_zsmall_input"]
     codebook = tiny_vq().quantize.codebook
     with torch.autocast("cpu", torch.bfloat16):
@@ -217,8 +218,9 @@ def test_quantiser_losses_are_fp32_under_autocast(bit):
     assert found == tokenizers.quantiser_losses(z, codebook)
 
 
-def test_golden_commitment_loss(bit):
+def test_eq07_golden_commitment_loss():
     """In evaluation only the commitment loss counts."""
+    bit = golden.load("maskbit_tokenizer_tiny")
     commitment, _, _ = tokenizers.quantiser_losses(bit["z"], tiny_vq().quantize.codebook)
     assert golden.difference(commitment, bit["eval_commitment_loss"]) < 1e-4
 
