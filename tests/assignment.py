@@ -203,6 +203,21 @@ def blanked(text, number):
     return text
 
 
+def unsound(text, numbers):
+    """The text of tests/sound.py, in which these equations are the students' own.
+
+    The tests of an equation run on sound versions of the others, which would show a solution.
+    """
+    lines = text.split("\n")
+    for node in reversed(ast.parse(text).body):
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            note = node.decorator_list[0]
+            if isinstance(note, ast.Call) and note.args[0].value in numbers:
+                own = f"{node.name} = {ast.unparse(note.args[1])}.{node.name}"
+                lines[note.lineno - 1:node.end_lineno] = [own]
+    return "\n".join(lines)
+
+
 def make(args):
     """Write the folder that students get."""
     out = args.out
@@ -212,6 +227,8 @@ def make(args):
     for number in args.equations:
         path = out / EQUATIONS[number].file
         path.write_text(blanked(path.read_text(), number))
+    sound = out / "tests" / "sound.py"
+    sound.write_text(unsound(sound.read_text(), args.equations))
     (out / "ASSIGNMENT.md").write_text(assignment(args.equations, out))
     print(f"{out} holds Eqs. {args.equations}; {out / 'ASSIGNMENT.md'} tells students what to do")
 
@@ -227,7 +244,8 @@ docstrings. The order is one in which they can be worked.
 ## How to test
 
 `python -m pytest -q -k {word}` runs the tests of one equation. The docstring of a red test says
-what the equation asks for. Some tests also run equations further up in the table.
+what the equation asks for. A test that also runs another equation, which is not written yet, is
+skipped: it waits for that one.
 
 ## What is allowed
 

@@ -21,6 +21,18 @@ def others_are_sound(request):
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """In an assignment, a test that stops at another equation, not yet written, waits for it."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        equation = sound.waits_for(item.name, error)
+        if equation:
+            pytest.skip(f"waits for {equation}")
+        raise
+
+
 @pytest.fixture(autouse=True)
 def signals():
     """train.main and sample.main handle signals. Afterwards Ctrl-C ends pytest again."""
