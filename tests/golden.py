@@ -49,8 +49,13 @@ def shapes(module):
     return {key: list(value.shape) for key, value in module.state_dict().items()}
 
 
-@cache
 def weight(key, shape, scale=1.0):
+    """A fresh copy of `known_weight`."""
+    return known_weight(key, tuple(shape), scale).clone()
+
+
+@cache
+def known_weight(key, shape, scale):
     """The float32 weight that belongs to a parameter name and a shape.
 
     The weight is a normal random tensor. The name is the seed. Name and shape also say what kind
@@ -105,7 +110,7 @@ def official(name, probe=None, folder="tiny_layouts"):
             place = torch.arange(shape[1])
             state[key] = (code // 2 ** place % 2 * 2 - 1).float()
         else:
-            state[key] = weight(key, tuple(shape), scale(key, shape, probe)).clone()
+            state[key] = weight(key, shape, scale(key, shape, probe))
     return state
 
 
@@ -127,7 +132,7 @@ def fill(module, prefix="", probe=None):
     for key, value in module.state_dict().items():
         if key.rsplit(".", 1)[-1] not in CONSTANTS:
             factor = scale(key, value.shape, probe)
-            value.copy_(weight(prefix + key, tuple(value.shape), factor))
+            value.copy_(weight(prefix + key, value.shape, factor))
     return module.eval()
 
 

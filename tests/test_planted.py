@@ -1170,13 +1170,13 @@ def test_without_a_mistake_every_equation_is_green():
 
 
 @pytest.fixture(scope="module")
-def right():
+def all_green():
     """A mistake can be planted only where all equations are right."""
     if red_before():
         pytest.skip(f"{sorted(red_before())} are red before any mistake is planted")
 
 
-@pytest.mark.usefixtures("right")
+@pytest.mark.usefixtures("all_green")
 @pytest.mark.parametrize("equation, owner, name, title, wrong", [
     pytest.param(*planted, id=f"{label(planted[0])}-{planted[3]}") for planted in MISTAKES])
 def test_a_mistake_turns_exactly_its_own_equation_red(monkeypatch, equation, owner, name, title,
@@ -1188,7 +1188,7 @@ def test_a_mistake_turns_exactly_its_own_equation_red(monkeypatch, equation, own
     assert red_with(monkeypatch, owner, name, wrong) == {label(equation)}
 
 
-@pytest.mark.usefixtures("right")
+@pytest.mark.usefixtures("all_green")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("equation, owner, name, right, wrong", [
     pytest.param(*line, id=f"{label(line[0])}-{line[2]}-{k}") for k, line in enumerate(LINES)])
@@ -1199,7 +1199,7 @@ def test_a_wrong_line_turns_exactly_its_own_equation_red(monkeypatch, equation, 
     assert red_with(monkeypatch, owner, name, version) == {label(equation)}
 
 
-@pytest.mark.usefixtures("right")
+@pytest.mark.usefixtures("all_green")
 @pytest.mark.parametrize("equation, owner, name", [
     pytest.param(*function, id=f"{label(function[0])}-{function[2]}") for function in FUNCTIONS])
 def test_a_function_not_yet_written_turns_exactly_its_own_equation_red(monkeypatch, equation,
@@ -1208,7 +1208,7 @@ def test_a_function_not_yet_written_turns_exactly_its_own_equation_red(monkeypat
     assert red_with(monkeypatch, owner, name, not_written) == {label(equation)}
 
 
-@pytest.mark.usefixtures("right")
+@pytest.mark.usefixtures("all_green")
 @pytest.mark.parametrize("equation", range(3, 13))
 def test_an_equation_is_green_while_all_others_are_not_written(monkeypatch, equation):
     """Who has solved one equation sees it green, whatever is left to do in the others."""
