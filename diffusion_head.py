@@ -14,6 +14,7 @@ M rows (tokens to predict), C = d_c channels, D width of z, W width of the head,
 """
 import functools
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,6 +282,16 @@ class DiffusionHead(nn.Module):
         eps, v = self.net(x_t, t, z)
         return denoising_loss(noise, eps) + variational_term(x, x_t, eps, v, t, c)
 
+    def guided(self, x, t, z, z_uncond, scale):
+        """The network's eps and v, with guidance; see `sample`."""
+        z = z.float()
+        if z_uncond is None:
+            return self.net(x, t, z)
+        eps, v = self.net(torch.cat([x, x]), t, torch.cat([z, z_uncond.float()]))
+        eps, eps_uncond = eps.chunk(2)
+        v, _ = v.chunk(2)
+        return eps_uncond + scale * (eps - eps_uncond), v
+
     @torch.no_grad()
     def sample(self, z, noise, steps, temperature=1.0, z_uncond=None, scale=1.0, bound=None):
         """x ~ p(x_c^i | z^i), by the reverse process in `steps` steps.   [MAR]
@@ -296,13 +307,11 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         # from the last index of the process, steps - 1, down to 0
         for i in reversed(range(steps)):
-            if z_uncond is None:
-                eps, v = self.net(x, c.t[i], z)
-            else:
-                eps, v = self.net(torch.cat([x, x]), c.t[i], torch.cat([z, z_uncond]))
-                eps, eps_uncond = eps.chunk(2)
-                v, _ = v.chunk(2)
-                eps = eps_uncond + scale * (eps - eps_uncond)
+            # At t = 999 an error of eps is multiplied by 316 in the next x. In bf16 that would be
+            # 1.8 deviations, in the step after it 0.009. So the first step is fp32.   [ours]
+            fp32 = torch.autocast(z.device.type, enabled=False)
+            with fp32 if i == steps - 1 else nullcontext():
+                eps, v = self.guided(x, c.t[i], z, z_uncond, scale)
             x, log_variance, _ = model_distribution(x, eps, v, i, c, bound)
             if i > 0:
                 x = x + (0.5 * log_variance).exp() * noise[steps - i] * temperature

@@ -221,7 +221,8 @@ class System:
         self.device = torch.device(device)
         self.amp = amp
         model, checkpoint = backbone.load_model(self.path, "mixar")
-        self.model = model.to(self.device)
+        # autocast keeps its copy of a weight in bf16 only while the weight requires a gradient
+        self.model = model.to(self.device).requires_grad_(True)
         with dataset.reading(self.path, "checkpoint of a run"):
             self.step = int(checkpoint["step"])
             self.meta = checkpoint["meta"]
@@ -237,6 +238,8 @@ class System:
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
         self.prior = self.load_part("prior", prior)
+        if self.prior:
+            self.prior.requires_grad_(True)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
         stride = 2 ** (len(self.vae.encoder.down) - 1)

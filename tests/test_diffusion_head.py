@@ -660,3 +660,18 @@ def test_eq05_guidance_1_is_no_guidance():
     alone = head.sample(process["z"], noise, 25)
     guided = head.sample(process["z"], noise, 25, 1.0, process["z_uncond"], 1.0)
     assert golden.difference(guided, alone) < 1e-4
+
+
+def test_eq05_the_first_step_back_is_fp32_whatever_the_others_are():
+    """At t = 999 an error of eps is multiplied by 316: in bf16 the next x would be off by as much.
+
+    Under autocast the network computes that step in fp32, and all others in bf16.
+    """
+    head = diffusion_head.DiffusionHead(2, 3, 8, 1)
+    seen = []
+    head.net.input_proj.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        for uncond in (None, torch.ones(5, 3, dtype=torch.bfloat16)):
+            z = torch.zeros(5, 3, dtype=torch.bfloat16)
+            head.sample(z, torch.zeros(3, 5, 2), 3, z_uncond=uncond, scale=2.0)
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16] * 2

@@ -154,6 +154,25 @@ def test_more_pictures_than_are_held_out_is_one_line(runs, tmp_path, part, count
     assert not (tmp_path / "s").exists()
 
 
+def test_weights_are_cast_once_not_at_every_call(runs, monkeypatch):
+    """Autocast keeps the bf16 copy of a weight for the whole of a sampling, at every step."""
+    system = sample.System(runs / "shapes-dcmix", amp="bf16")
+    weight = system.model.diffloss.net.final_layer.linear.weight
+    y = torch.arange(2)
+    casts = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), named=None):
+            if "_to_copy" in str(function) and given[0].shape == weight.shape:
+                casts.append(str(function))
+            return function(*given, **(named or {}))
+
+    x_d = system.sample_discrete(0, [0, 1], y)
+    with Count():
+        system.sample_continuous(0, [0, 1], y, x_d)
+    assert len(casts) == 1
+
+
 # several processes, stopped programs
 
 SIX = ["--count", 6, "--ar-steps", 4, "--diffusion-steps", 5, "--seed", 3]
