@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import embedding, layer_norm, silu
+from torch.utils.checkpoint import checkpoint
 
 T = 1000                                                             # [MAR]
 
@@ -246,6 +247,8 @@ class Denoiser(nn.Module):
         self.input_proj = linear(C, W)
         self.res_blocks = nn.ModuleList(ResBlock(W) for _ in range(depth))
         self.final_layer = FinalLayer(W, C)
+        # see MAR
+        self.checkpoint_activations = False
 
     def forward(self, x, t, z):
         """The predicted noise eps and the variance values v, each (..., M, C) float32.
@@ -257,7 +260,10 @@ class Denoiser(nn.Module):
         condition = silu(self.time_embed(t) + self.cond_embed(z))    # (..., M, W)
         h = self.input_proj(x)                                       # (..., M, W)
         for block in self.res_blocks:
-            h = block(h, condition)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                h = checkpoint(block, h, condition, use_reentrant=False)
+            else:
+                h = block(h, condition)
         return self.final_layer(h, condition).float().chunk(2, dim=-1)
 
 

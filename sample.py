@@ -486,6 +486,7 @@ def sample_folder(system, folder, labels, args, held_out=None):
     if missing and rank == 0:
         s = system.settings
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "
+              f"{ranks * len(missing) / seconds:.3g} images/s in all, "
               f"{system.prior_seconds / seconds:.0%} of it the prior; {len(missing)} images, "
               f"batch {min(args.batch_size, len(missing))}, {args.device}, {s['ar_steps']} AR x "
               f"{s['diffusion_steps']} diffusion steps, cfg {s['cfg']}, amp {args.amp}")

@@ -372,7 +372,9 @@ class State:
         # convolutions are faster with the channels last
         model = backbone.KINDS[kind](**config)
         self.model = model.to(args.device, memory_format=torch.channels_last)
-        self.model.checkpoint_activations = args.checkpoint_activations      # only MAR has it
+        if kind == "mixar":
+            self.model.checkpoint_activations = args.checkpoint_activations
+            self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[kind])
 
