@@ -68,7 +68,7 @@ def attention(q, k, v, heads, p=0.0):
     # (B, L, D) -> (B, heads, L, D / heads)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and (torch.is_grad_enabled() or q.dtype == torch.bfloat16):
-        scores = q / q.shape[-1] ** 0.5 @ k.transpose(-2, -1)        # (B, heads, L, M)
+        scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)      # (B, heads, L, M)
         out = dropout(scores.softmax(-1).to(v.dtype), p) @ v
     else:
         out = scaled_dot_product_attention(q, k, v, dropout_p=p)
@@ -138,6 +138,15 @@ def random_table(*shape):
 
 class MAR(nn.Module):
     """p_theta(x_c^i | x_c^{<i}, X_d) of Eq. (6): encoder, decoder and Eq. (5)'s diffusion head.
+
+    guidance   the encoder sees     the decoder sees, at masked positions    and beside all tokens
+    none       visible x_c          the mask token
+    dcmix      visible x_c          the embedded x_d of Eq. (9)
+    dcsa       X_d, visible x_c     the mask token                           the encoder's X_d
+    dcca       visible x_c          the mask token                           X_d, in every block
+
+    The embedded x_d skips the encoder's blocks. With mix_at="encoder", all of Eq. (9)'s x~ goes
+    through the encoder instead, as if nothing were masked.
 
     N: tokens
     d_c, d_d: channels of x_c, bits of x_d
@@ -224,9 +233,10 @@ class MAR(nn.Module):
         return x
 
     def encode(self, x, discrete):
-        """The encoder over the visible tokens x (B, V, D) -> (B, V, D), and `discrete`.
+        """The encoder and `decoder_embed` over the visible tokens x (B, V, D).
 
-        DC-SA's prefix goes through the encoder, too. DC-CA's memory comes back as it is.
+        Returns (B, V, D), and what the decoder gets as `discrete`: DC-SA's prefix as the encoder
+        leaves it, DC-CA's memory unchanged, or None.
         """
         if self.guidance == "dcsa":
             x = torch.cat([discrete, x], dim=1)                      # (B, N + V, D)

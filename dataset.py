@@ -66,7 +66,7 @@ def read_rgb(path):
 #     names              a text for every picture that tells it from all others, also from those
 #                        of other data sets, and does not change when the folder is moved
 #     mirror             whether training may mirror the pictures, unless --mirror says otherwise
-#     held_out           for split "test": whether its pictures are not those of split "train"
+#     held_out           whether the pictures are not used in training
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
 
@@ -113,7 +113,9 @@ def find_split(root, split):
     train = [folders.pop(name) for name in ("train", "training") if name in folders]
     held_out = [folders.pop(name) for name in ("val", "valid", "validation", "test", "testing")
                 if name in folders]
-    if not (train and held_out or (train or held_out) and not folders):
+    both = train and held_out
+    nothing_else = (train or held_out) and not folders
+    if not (both or nothing_else):
         return root, False
     if split == "test" and train and held_out:
         return held_out[0], True
@@ -255,7 +257,7 @@ class Shapes:
         r = np.hypot(x, y)
         ax, ay = abs(x), abs(y)
         intersect, unite = np.maximum, np.minimum
-        # Folding maps the ten edges of the star to one, from the tip (0, 1) to 0.42 (px, py).
+        # Folding maps the ten edges of the star to one, from its tip (px, py) to (0.42, 0).
         fold = abs(np.arctan2(x, y) % (2 * pi / 5) - pi / 5)
         px, py = cos(pi / 5), sin(pi / 5)
         star = (r * np.cos(fold) - 0.42) * py - r * np.sin(fold) * (px - 0.42)
@@ -328,9 +330,9 @@ def open_source(data, split, size, count):
 
 
 def describe(source, skipped):
-    """What tells the pictures of a source from others, wherever they lie and but for those skipped.
+    """An identity of a source's pictures, which does not depend on the folder they lie in.
 
-    skipped: the names of unreadable pictures, which may be removed or left
+    skipped: the names of unreadable pictures, which do not count: they may be removed
     """
     names = sorted(set(source.names) - set(skipped))
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -398,7 +400,7 @@ def check_same(path, was, now):
 
 @contextmanager
 def locked(folder):
-    """Inside, no other program may write into `folder`. SystemExit if one is at it.
+    """Inside, no other program may write into `folder`. SystemExit if one is writing there.
 
     The system takes the lock back when a program ends in any way. What a killed one left behind
     half written is removed.

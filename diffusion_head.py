@@ -215,7 +215,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(W, eps=1e-6)
         self.mlp = nn.Sequential(linear(W, W), nn.SiLU(), linear(W, W))
-        # MAR has a SiLU in the first place; it is taken once for all blocks, in Denoiser
+        # MAR's Sequential begins with a SiLU. Ours is applied once, in Denoiser.forward
         self.adaLN_modulation = nn.Sequential(nn.Identity(), zero_linear(W, 3 * W))
 
     def forward(self, h, condition):
@@ -283,7 +283,7 @@ class DiffusionHead(nn.Module):
         noise: (R, M, C)
         Returns (R, M).
         """
-        c = coefficients(T, x.device)                                # of all T, i is t
+        c = coefficients(T, x.device)                                # all T steps: index i is t
         x_t = add_noise(x, noise, t, c)                              # (R, M, C)
         eps, v = self.net(x_t, t, z)
         return denoising_loss(noise, eps) + variational_term(x, x_t, eps, v, t, c)

@@ -658,7 +658,7 @@ def check_writable(file, args):
 
 def main(argv=None):
     args = parse(argv)
-    with train.one_end():
+    with train.end_in_one_line():
         evaluate(args)
 
 

@@ -24,7 +24,7 @@ import tokenizers
 
 
 def check_mask(m, *tokens):
-    """Nothing, if the mask fits the tokens.
+    """Check that the mask fits the tokens.
 
     m: (B, N) bool
     tokens: tensors (B, N, d), all of one shape
@@ -42,7 +42,7 @@ def mask_ratio(u, low=0.7):
     """The mask ratio r of Eq. (8), by inverting the distribution function of p(r) at u.   [MAR]
 
     p(r) is a normal distribution of mean 1 and deviation 0.25, cut to [low, 1]. The paper leaves it
-    open (section 3.1). One r serves a whole batch, so that every image hides as many tokens.
+    open (section 3.1). One r serves a whole batch: every image hides equally many tokens.
 
     u: float in [0, 1]
     Returns a float in [low, 1].

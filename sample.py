@@ -39,7 +39,11 @@ SAMPLING = dict(tiny=TINY, base=BASE, large=BASE | dict(cfg=3.0), huge=BASE | di
 
 
 def image_rng(seed, indices, stream, device="cpu"):
-    """rng(f) stacks f(generator) of every image; a generator is a function of (seed, i, stream)."""
+    """The random numbers of the images `indices`: each is a function of (seed, i, stream).
+
+    stream: 0 for X_d, 1 for X_c
+    Returns rng: rng(f) calls f(generator) for the generator of every image, and stacks the arrays.
+    """
     generators = []
     for i in indices:
         philox = np.random.Philox(key=[seed, 2 * int(i) + stream])
@@ -112,7 +116,10 @@ def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
 
 
 def hidden_after(s, steps, N, hidden):
-    """Eq. (6): how many of N tokens stay hidden after AR step s, of `hidden` before it.   [MAR]"""
+    """Eq. (6): how many of N tokens stay hidden after AR step s, of `hidden` before it.   [MAR]
+
+    It is at least 1. In the last step, `generate` hides none.
+    """
     left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
     return max(1, min(hidden - 1, left))
 
@@ -138,7 +145,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     hidden = N
     for s in range(ar_steps):
         left = hidden_after(s, ar_steps, N, hidden)
-        # as in MAR, the scale of the last step is that of one token left, not of none
+        # MAR computes the scale before it sets the last step's `left` to 0, and so do we
         scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
         if s == ar_steps - 1:
             left = 0
@@ -182,7 +189,7 @@ def describe_run(args, shared, run, tokens, prior):
         return os.path.realpath(given) if given else relative(shared / kind)
 
     def relative(path):
-        # `..` leads out of where a link points to
+        # links are followed first, since `..` leads out of the folder that a link points to
         return os.path.relpath(os.path.realpath(path), os.path.realpath(run))
 
     data = args.data if args.data == "shapes" else os.path.realpath(args.data)
@@ -622,7 +629,7 @@ def write_out(system, out, labels, columns, args):
 
 def main(argv=None):
     args = parse(argv)
-    with train.one_end(), train.process_group():
+    with train.end_in_one_line(), train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
         if out.suffix not in ("", ".png", ".npz", ".gif"):

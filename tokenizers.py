@@ -4,7 +4,7 @@
 tokens are bits. Both load the official files.
 
 B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads no other file. Feeds all of them. Read dataset.py next.
+Reads no other file. Feeds all others but diffusion_head.py. Read dataset.py next, or mixing.py.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
 Run from this folder, this module shadows the Hugging Face package of the same name.
 """
@@ -35,7 +35,7 @@ def bits_to_codes(bits):
 def codes_to_bits(codes, e):
     """The e bits of each code as -1/+1, least significant first; the mask code 2^e gives zeros.
 
-    (B, N, S) int -> (B, N, S e) float   [MaskBit]
+    (..., S) int -> (..., S e) float   [MaskBit]
     """
     powers = torch.arange(e, device=codes.device)
     codes = codes[..., None]
@@ -64,6 +64,7 @@ def quantiser_losses(z, codebook, all_mean=lambda q: q):
     commitment = 0.25 * (quantise(z) - z).square().mean()
     # The division by 0.01 would magnify the rounding of bf16.
     with torch.autocast(z.device.type, enabled=False):
+        # the negative squared distance to each code, up to a constant, at temperature 0.01
         logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
     p = logits.softmax(-1)
     mean_p = all_mean(p.mean(0))                                     # (2^d_d,)
@@ -194,6 +195,7 @@ def build(cls, config, state):
 
     ValueError naming a weight that is not finite or of another kind than the model's.
     """
+    # a damaged config must not build millions of layers
     for name in ("depth", "head_depth", "blocks"):
         if config.get(name, 0) > len(state):
             raise ValueError(f"{name} {config[name]} with {len(state)} weights")
@@ -208,7 +210,8 @@ def build(cls, config, state):
 def check_weights(model, state):
     """ValueError naming a weight in `state` that is not finite or of another kind than its own."""
     for name, own in model.state_dict().items():
-        value = state.get(name, own)                                 # load_state_dict names others
+        # a weight that is missing is reported by load_state_dict
+        value = state.get(name, own)
         same_kind = value.is_floating_point() == own.is_floating_point()
         if not same_kind or value.is_complex() or value.layout != torch.strided:
             raise ValueError(f"{name} holds {value.layout} {value.dtype}")
@@ -241,7 +244,9 @@ def read_official(state):
 
 
 class KLVAE(nn.Module):
-    """x_c = VAE(I) of Eq. (7), of z = d_c channels. VA-VAE has `attn`, KL-16 has not.
+    """x_c = VAE(I) of Eq. (7), of z = d_c channels.
+
+    attn: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
 
     groups: of every GroupNorm, 32 in the official models. At width 32 a group would be one channel,
     and the norm would erase its mean.   [VA-VAE] [MAR]

@@ -100,7 +100,7 @@ def training_mask(u_ratio, u_code):
 
 
 def masked_loss(logits, codes):
-    """Eq. (3): cross-entropy with label smoothing 0.1.   [MaskBit]
+    """Eq. (3): cross-entropy of all codes, hidden or not, with label smoothing 0.1.   [MaskBit]
 
     MaskBit takes the mean over all codes, where the paper has the sum over the hidden ones.
 
@@ -178,6 +178,7 @@ def mean_over_ranks(q):
         return q
     total = q.detach().clone()
     dist.all_reduce(total)
+    # the value is the mean, the gradient that of q
     return q + (total / dist.get_world_size() - q).detach()
 
 
@@ -186,7 +187,7 @@ def parallel(module):
     return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
 
 
-def exit_on_signal(received=()):
+def end_at_once_on_signal(received=()):
     """Outside `fit`: from now on Ctrl-C or SIGTERM ends the program at once.
 
     received: signals that came earlier; the first of them ends it now
@@ -202,7 +203,7 @@ def exit_on_signal(received=()):
         stop(number, None)
 
 
-def remember_signals():
+def finish_step_on_signal():
     """In `fit`: from now on Ctrl-C or SIGTERM only adds its number to the list returned here.
 
     The step is then finished and saved before the program ends.
@@ -214,9 +215,12 @@ def remember_signals():
 
 
 @contextmanager
-def one_end():
-    """Around a main: a signal ends it, and what the system refuses (a full disk) is one line."""
-    exit_on_signal()
+def end_in_one_line():
+    """Around a main: signals and errors of the operating system end it with one line.
+
+    Such an error is, for example, that the disk is full.
+    """
+    end_at_once_on_signal()
     # file names may hold what the terminal cannot show
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr.reconfigure(errors="backslashreplace")
@@ -328,11 +332,12 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
 
 
 def read_stage(args, kind, folder, fixed):
-    """What folder/last.pt holds of a stage, and in which settings it was begun: (saved, text).
+    """The checkpoint of a stage, folder/last.pt, and how this command differs from its own.
 
     fixed: settings that a stage keeps once it is begun
-    Returns (None, "") if there is no such file. SystemExit if a setting of `fixed` differs, or if
-    a finished tokenizer or prior would have to be trained on: others were made with it.
+    Returns (saved, text), or (None, "") if there is no such file. SystemExit if a setting of
+    `fixed` differs. SystemExit, too, if a finished tokenizer or prior would have to be trained on,
+    because tokens and runs were made with it.
     """
     path = folder / "last.pt"
     if not path.is_file():
@@ -341,25 +346,34 @@ def read_stage(args, kind, folder, fixed):
     saved = backbone.load_checkpoint(path, kind)
     with dataset.reading(path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
-        was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
-        was["seed"] = saved["settings"]["seed"]
-        closed = step >= was["steps"] and kind != "mixar"
-        if not closed:
+        old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
+        old["seed"] = saved["settings"]["seed"]
+        finished_for_good = step >= old["steps"] and kind != "mixar"
+        if not finished_for_good:
             # they decide about the pictures in each batch
             fixed = fixed | dict(seed=args.seed, batch=recipe["batch"])
         dataset.check_same(path, saved["settings"], fixed)
-    if closed and step < recipe["steps"]:
+    if finished_for_good and step < recipe["steps"]:
         raise SystemExit(f"{path} is finished after {step} steps, not {recipe['steps']}, and is "
                          f"not trained on: choose another --runs, or --{kind}-steps {step}")
-    now = dict(recipe, amp=args.amp, seed=args.seed)
-    changes = ", ".join(dataset.differences(was, now))
+    new = dict(recipe, amp=args.amp, seed=args.seed)
+    changes = ", ".join(dataset.differences(old, new))
     return saved, f" (begun with {changes})" if changes else ""
 
 
 class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
-    before: the steps of the run that this one was started from with --init, "ema_start" in files
+    before: how many steps the run had made from which --init started this one
+    about: what a checkpoint holds beside all that
+
+    A checkpoint, last.pt, is a dict of
+        model, ema, optimizer    the weights, their moving average, AdamW's moments
+        step, ema_start          `step` and `before`
+        kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
+        settings                 what a resumed run may not change, see read_stage
+        args                     all flags, with the recipes
+        meta                     what sampling needs, see sample.describe_run
     """
 
     def __init__(self, args, kind, folder, config, about):
@@ -410,7 +424,7 @@ class State:
         return lr
 
     def save(self):
-        """Write last.pt, which holds these keys and those of `about`. It is finite."""
+        """Write last.pt. SystemExit if the weights are not finite."""
         for p in self.model.parameters():
             if not p.isfinite().all():
                 raise SystemExit(f"{self.kind}: weights are not finite after step {self.step}; "
@@ -523,10 +537,11 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
     ddp = parallel(loss)
     log = Log(state.path.parent, kind, state.step, steps, B, args) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
-    received = remember_signals()
+    received = finish_step_on_signal()
     failed = 0
     while state.step < steps:
-        # a run started by --init continues the schedules of the run before; only lambda restarts
+        # With --init, data order, random numbers, rate and average go on where the other run ended:
+        # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
         lr = state.set_rate(recipe, total_step)
         batches = step_batches(args, get_batch, n, B, total_step, parts)
@@ -536,8 +551,8 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
             update_ema(state.ema, state.model, total_step)
         else:
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
-        if failed == 5 or failed and state.step == steps - 1:
-            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps running, at step "
+        if failed == 5 or (failed and state.step == steps - 1):
+            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
                              f"{state.step}; lower --lr. {state.path} keeps what was saved before")
         state.step += 1
         last = state.step == steps
@@ -545,7 +560,7 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
         if rank == 0:
             log.write(state.step, value, lr, norm)
             due = last or stopping or picture or state.step % args.save_every == 0
-            # what led to a loss that is not finite is not worth keeping
+            # the weights may be what made the loss not finite
             if due and failed == 0:
                 state.save()
             if picture and failed == 0 and not (last or stopping):
@@ -554,7 +569,7 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
             say(f"\n{kind}: stopped by a signal at step {state.step}, saved in {state.path}")
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
-    exit_on_signal(received)
+    end_at_once_on_signal(received)
     if rank == 0:
         log.bar.close()
 
@@ -808,7 +823,7 @@ def settle(args):
 
 def main(argv=None):
     args = parse(argv)
-    with one_end(), process_group():
+    with end_in_one_line(), process_group():
         train_stages(args)
 
 

@@ -904,7 +904,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     """A resume names every missing, unexpected and mis-shaped weight, in one line."""
     args = train.parse([])
     config = backbone.PRESETS["tiny"]["vae"]
-    about = dict(kind="vae", config=config, settings={}, args=vars(args))
+    about = dict(kind="vae", config=config, settings=dict(seed=0), args=vars(args))
     train.State(args, "vae", tmp_path, config, about).save()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     del saved["model"]["quant_conv.bias"]
@@ -976,7 +976,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 
     # a last step of that kind leaves nothing to go on to
     bad = [len(calls) + 2]
-    with pytest.raises(SystemExit, match="not finite in 1 steps running, at step 7"):
+    with pytest.raises(SystemExit, match="not finite in 1 steps in a row, at step 7"):
         train.main(mixar(runs, run, "--steps", 8))
 
 
