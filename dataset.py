@@ -89,10 +89,16 @@ def printable(path):
 
 
 def files_below(folder):
-    """The files below a folder, sorted, without hidden ones."""
+    """The files below a folder, sorted, without hidden ones. A folder reached twice counts once."""
     found = []
+    seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not hidden(name)]
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        if os.path.realpath(place) in seen:
+            # a link that leads in a circle, or to a folder that another one has led to
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         found += [Path(place, name) for name in files if not hidden(name)]
     return sorted(path for path in found if path.is_file())
 
@@ -154,7 +160,7 @@ class Folder:
             others += len(below) - len(found)
         if others:
             print(f"{root}: {others} files that are no pictures are left out")
-        self.classes = [printable(folder.resolve().name) for folder in folders or [root]]
+        self.classes = [printable(folder.name) for folder in folders or [root]]
         keep = choose(len(files), count)
         self.files = [files[i] for i in keep]
         self.labels = np.array(labels)[keep]
@@ -324,6 +330,8 @@ def open_source(data, split, size, count):
         raise SystemExit(f"--data {data}: its files lie in {root / 'raw'}; give that folder")
     else:
         source = Folder(root.resolve(), split, size, count)
+    if len(source.labels) == 0:
+        raise SystemExit(f"--data {data}: no pictures")
     source.data = data if data == "shapes" else str(root.resolve())
     source.skipped = []
     return source

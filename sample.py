@@ -538,6 +538,7 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
     scale = dict(type=train.within(0), metavar="X")
+    file = dict(type=train.nonempty, metavar="FILE")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
     p.add_argument("--out", type=train.nonempty,
@@ -553,8 +554,8 @@ def parse(argv=None):
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"], help="precision")
     g = p.add_argument_group("other files and settings (None: the run's)")
-    g.add_argument("--vae", metavar="FILE", help="KL-16, which an official MAR needs")
-    g.add_argument("--prior", metavar="FILE", help="another prior, ours or MaskBit's")
+    g.add_argument("--vae", **file, help="KL-16, which an official MAR needs")
+    g.add_argument("--prior", **file, help="another prior, ours or MaskBit's")
     g.add_argument("--ar-steps", **count, help="AR steps of MixAR, Eq. 6")
     g.add_argument("--diffusion-steps", type=step_counts, metavar="N",
                    help="of the head; 40:10 falls from the first to the last AR step")

@@ -226,8 +226,10 @@ def end_in_one_line():
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
         yield
-    except OSError as error:
-        raise SystemExit(f"cannot go on: {error}; mend that, or choose other folders") from None
+    except (OSError, MemoryError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise SystemExit(f"cannot go on: {reason}; mend that, or choose other folders or numbers"
+                         ) from None
 
 
 @contextmanager
@@ -428,7 +430,7 @@ class State:
         for p in self.model.parameters():
             if not p.isfinite().all():
                 raise SystemExit(f"{self.kind}: weights are not finite after step {self.step}; "
-                                 f"lower --lr. {self.path} keeps what was saved before")
+                                 "lower --lr. What was saved before is kept")
         saved = self.about | dict(
             step=self.step, ema_start=self.before, model=self.model.state_dict(),
             ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
@@ -553,7 +555,7 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and state.step == steps - 1):
             raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
-                             f"{state.step}; lower --lr. {state.path} keeps what was saved before")
+                             f"{state.step}; lower --lr. What was saved before is kept")
         state.step += 1
         last = state.step == steps
         picture = preview and args.sample_every and state.step % args.sample_every == 0
@@ -676,12 +678,17 @@ def check_flags_in_advance(args, shared, run):
         if recipe["batch"] % pieces:
             raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
                              f"{pieces}, the processes times --accumulate")
-    place = Path(args.data).resolve()
-    for folder in (shared.resolve(), run.resolve()):
-        if args.data != "shapes" and (place in (folder, *folder.parents)
-                                      or folder in place.parents):
-            raise SystemExit(f"{folder}, where this run would be, and --data {args.data} lie one "
-                             "in the other; choose another --runs or --out")
+    apart = [(run, shared)]
+    if args.data != "shapes":
+        apart += [(run, Path(args.data)), (shared, Path(args.data))]
+    for ours, other in apart:
+        if ours.is_file():
+            raise SystemExit(f"{ours} is a file; choose another --runs or --out")
+        a = ours.resolve()
+        b = other.resolve()
+        if a == b or a in b.parents or b in a.parents:
+            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
+                             "choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
         if file:
@@ -705,6 +712,9 @@ def train_stages(args):
     without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(without):
         say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
+    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
+        if file:
+            say(f"{kind}: {file}, not to be trained")
     if not args.vae:
         train_tokenizer(args, shared, "vae", source)
     if args.stage == "vae":
@@ -754,6 +764,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=within(1, kind=int), metavar="N")
+    file = dict(type=nonempty, metavar="FILE")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
@@ -771,9 +782,9 @@ def parse(argv=None):
                    help="train on from this MixAR run, or an official MAR [paper 4.3]")
     g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
-    g.add_argument("--vae", metavar="FILE", help="VA-VAE, KL-16 or ours, not to be trained")
-    g.add_argument("--vq", metavar="FILE", help="MaskBit's tokenizer or ours, likewise")
-    g.add_argument("--prior", metavar="FILE", help="MaskBit's generator or ours, likewise")
+    g.add_argument("--vae", **file, help="VA-VAE, KL-16 or ours, not to be trained")
+    g.add_argument("--vq", **file, help="MaskBit's tokenizer or ours, likewise")
+    g.add_argument("--prior", **file, help="MaskBit's generator or ours, likewise")
     g = p.add_argument_group("length and rate (None: as in RECIPES)")
     g.add_argument("--vae-steps", **count, help="steps of stage vae")
     g.add_argument("--vq-steps", **count, help="steps of stage vq")

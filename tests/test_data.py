@@ -202,6 +202,18 @@ def test_files_of_operating_systems_are_no_pictures_and_no_classes(tmp_path):
     assert [str(path.relative_to(root)) for path in source.files] == ["cat/a.png", "cat/sub/a.png"]
 
 
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    """A class may be a link, and keeps its own name."""
+    picture(tmp_path / "all" / "cats" / "a.png")
+    (tmp_path / "all" / "cats" / "self").symlink_to(tmp_path / "all" / "cats")
+    (tmp_path / "all" / "cats" / "up").symlink_to(tmp_path / "all")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "all" / "cats")
+    source = open_folder(tmp_path / "set")
+    assert source.classes == ["cat"]
+    assert [str(path.relative_to(tmp_path)) for path in source.files] == ["set/cat/a.png"]
+
+
 def test_class_folders_that_are_numbers_are_sorted_as_numbers(tmp_path):
     """Class 2 of a prior must not be the folder 10."""
     names = [str(k) for k in range(12)]
@@ -366,6 +378,12 @@ def test_kaggle_and_torchvision_layouts(tmp_path):
     write_set(tmp_path / "MNIST" / "raw", "train", [0, 1])
     with pytest.raises(SystemExit, match="its files lie in .*raw; give that folder"):
         open_folder(tmp_path / "MNIST")
+
+
+def test_a_set_without_pictures_is_one_line(tmp_path):
+    write_set(tmp_path, "train", [])
+    with pytest.raises(SystemExit, match="no pictures"):
+        open_folder(tmp_path)
 
 
 def test_pictures_and_labels_that_do_not_fit_are_one_line(tmp_path):

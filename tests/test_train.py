@@ -708,7 +708,7 @@ def test_runs_are_never_written_into_the_data(tmp_path, flags):
     (tmp_path / "pets" / "cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "pets" / "cat" / "a.png")
     flags = [flag.replace("PLACE", str(tmp_path)) for flag in flags]
-    with pytest.raises(SystemExit, match="pets lie one in the other"):
+    with pytest.raises(SystemExit, match="lie one in the other"):
         train.main(["--data", str(tmp_path / "pets"), *flags])
     assert len(list(tmp_path.rglob("*"))) == 3
 
@@ -986,7 +986,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 def test_a_file_cannot_be_a_folder_of_runs(runs, tmp_path, flag):
     (tmp_path / "file").touch()
     flags = mixar(runs, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="cannot go on: .*file") as error:
+    with pytest.raises(SystemExit, match="cannot go on: .*file|file is a file; choose") as error:
         train.main([*flags, flag, str(tmp_path / "file")])
     assert "\n" not in str(error.value)
 
