@@ -648,10 +648,9 @@ def write_report(measured, reference, extractor, args, start):
 def check_writable(file, args):
     """SystemExit, before anything is measured, if a file of the command could not be written."""
     path = Path(file)
-    if path.is_dir():
-        raise SystemExit(f"{file} is a folder; name a file")
-    if path.resolve() in (Path(args.pictures).resolve(), Path(args.reference or "").resolve()):
-        raise SystemExit(f"{file} is what is to be measured; name another file to write")
+    measured = (Path(args.pictures).resolve(), Path(args.reference or "").resolve())
+    if path.is_dir() or path.resolve() in measured:
+        raise SystemExit(f"{file} is a folder or what is to be measured; name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 

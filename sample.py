@@ -235,7 +235,7 @@ class System:
             self.meta = checkpoint["meta"]
             if self.meta is None:
                 self.meta = describe_official(model)
-            self.settings = self.meta["sampling"]
+            self.settings = {name: self.meta["sampling"][name] for name in TINY}
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
             mean, std = dataset.latent_statistics(self.meta["latent_mean"], self.meta["latent_std"])
@@ -447,22 +447,18 @@ def wanted_classes(text, classes):
 
 
 def begin_folder(folder, system, args):
-    """Note in `folder` how its pictures are made. SystemExit if it holds other files or settings.
+    """Note in `folder` how its pictures are made. SystemExit if it holds those of other settings.
     """
     note = folder / "settings.json"
-    passing = ("out", "count", "batch_size", "device", "amp")
-    settings = {name: value for name, value in vars(args).items() if name not in passing}
+    not_compared = ("out", "count", "batch_size", "device", "amp")
+    settings = {name: value for name, value in vars(args).items() if name not in not_compared}
     settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
     there = dataset.read_json(note)
-    files = [path.name for path in folder.iterdir() if path.name[0] != "."]
-    if files and not there:
-        raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
-                         "choose another --out")
     if there not in ({}, settings):
         raise SystemExit(f"{folder} holds samples of other settings (see {note}); "
                          "remove it or choose another --out")
     dataset.write_json(note, settings)
-    more = sum(name.endswith(".png") for name in files) - args.count
+    more = len(list(folder.glob("*.png"))) - args.count
     if more > 0:
         print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
 
@@ -590,11 +586,10 @@ def open_held_out(system, count):
     """The held-out pictures behind --truth. SystemExit if there are fewer than `count`."""
     data = system.meta["data"]
     source = dataset.open_source(data, "test", system.size, count)
-    if len(source.labels) < count or not source.held_out:
-        raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures")
-    if source.classes != system.meta["classes"]:
-        raise SystemExit(f"--truth: the held-out pictures of {data} have other classes "
-                         "than the run")
+    same_classes = source.classes == system.meta["classes"]
+    if len(source.labels) < count or not source.held_out or not same_classes:
+        raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures of "
+                         "the run's classes")
     return source
 
 
@@ -622,6 +617,10 @@ def write_out(system, out, labels, columns, args):
             save_gif(out, system, y, args.seed, columns, x_d)
         return
     folder = out.with_name(f"{out.name}.parts") if out.suffix else out
+    files = [path.name for path in folder.glob("[!.]*")]
+    if files and "settings.json" not in files:
+        raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
+                         "choose another --out")
     with dataset.locked(folder) if rank == 0 else nullcontext():
         sample_folder(system, folder, labels, args, held_out)
         if rank == 0 and out.suffix:
@@ -633,11 +632,9 @@ def main(argv=None):
     with train.end_in_one_line(), train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
-        if out.suffix not in ("", ".png", ".npz", ".gif"):
-            raise SystemExit(f"--out {out}: a name ends with .png, .npz or .gif, and that of a "
-                             "folder has no ending")
-        if out.suffix and out.is_dir():
-            raise SystemExit(f"--out {out} is a folder; choose another name")
+        if out.suffix not in ("", ".png", ".npz", ".gif") or (out.suffix and out.is_dir()):
+            raise SystemExit(f"--out {out}: a file's name ends with .png, .npz or .gif, and that "
+                             "of a folder has no ending")
         chosen = wanted_classes(args.classes, system.meta["classes"])
         # a column per class, where there are several
         columns = len(chosen) if len(chosen) > 1 else 10

@@ -694,8 +694,11 @@ def check_flags_in_advance(args, shared, run):
         if file:
             saved = backbone.load_checkpoint(file, kind)
             if kind == "mixar":
-                guidance = saved["config"]["guidance"] if "kind" in saved else "none"
-                backbone.check_equal(f"--init {file}", "as its guidance", guidance, args.guidance)
+                # an official MAR has no config
+                config = saved.get("config", dict(guidance="none", mix_at="decoder"))
+                backbone.check_equal(f"--init {file}", "as --guidance and --mix-at",
+                                     (config["guidance"], config["mix_at"]),
+                                     (args.guidance, args.mix_at))
 
 
 def train_stages(args):
