@@ -323,15 +323,15 @@ def open_source(data, split, size, count):
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
     elif not root.is_dir():
-        raise SystemExit(f"--data {data}: no such folder; give a folder of pictures, or shapes")
+        raise SystemExit(f"{data}: no such folder; give a folder of pictures, or shapes")
     elif idx_files(root):
         source = Idx(root.resolve(), split, size, count)
     elif idx_files(root / "raw"):
-        raise SystemExit(f"--data {data}: its files lie in {root / 'raw'}; give that folder")
+        raise SystemExit(f"{data}: its files lie in {root / 'raw'}; give that folder")
     else:
         source = Folder(root.resolve(), split, size, count)
     if len(source.labels) == 0:
-        raise SystemExit(f"--data {data}: no pictures")
+        raise SystemExit(f"{data}: no pictures")
     source.data = data if data == "shapes" else str(root.resolve())
     source.skipped = []
     return source

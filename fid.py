@@ -645,12 +645,14 @@ def write_report(measured, reference, extractor, args, start):
         print(json.dumps(report, indent=1))
 
 
-def check_writable(file, args):
-    """SystemExit, before anything is measured, if a file of the command could not be written."""
+def check_writable(file, others):
+    """SystemExit, before anything is measured, if a file of the command could not be written.
+
+    others: the other files that the command names
+    """
     path = Path(file)
-    measured = (Path(args.pictures).resolve(), Path(args.reference or "").resolve())
-    if path.is_dir() or path.resolve() in measured:
-        raise SystemExit(f"{file} is a folder or what is to be measured; name another file")
+    if path.is_dir() or path.resolve() in [Path(other or "").resolve() for other in others]:
+        raise SystemExit(f"{file} is a folder or named twice; name another file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -664,9 +666,10 @@ def main(argv=None):
 def evaluate(args):
     """The whole program: see the head of this file."""
     start = time.time()
-    for file in (args.json, args.save_stats):
-        if file:
-            check_writable(file, args)
+    if args.json:
+        check_writable(args.json, [args.pictures, args.reference])
+    if args.save_stats:
+        check_writable(args.save_stats, [args.pictures, args.reference, args.json])
     # features are fp32 on every device
     torch.backends.cudnn.allow_tf32 = False
     a = PictureSet(args.pictures, args.device)

@@ -176,10 +176,10 @@ def truncate(x):
 
 
 def check_finite(x):
-    """SystemExit if pictures hold NaN or inf, which would become black."""
+    """SystemExit if x, of a model, holds NaN or inf. Pictures of it would be black."""
     if not x.isfinite().all():
-        raise SystemExit("the pictures hold values that are not finite; try a lower --cfg or "
-                         "--temperature, or --amp fp32")
+        raise SystemExit("a model gave values that are not finite; try a lower --cfg, --prior-cfg "
+                         "or --temperature, or --amp fp32")
 
 
 def describe_run(args, shared, run, tokens, prior):
@@ -225,6 +225,8 @@ class System:
 
     def __init__(self, run, device="cpu", amp="auto", vae=None, prior=None):
         self.path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
+        # what a run names lies relative to where it is, not to a link
+        self.path = self.path.resolve()
         self.device = torch.device(device)
         self.amp = amp
         model, checkpoint = backbone.load_model(self.path, "mixar")
@@ -285,6 +287,7 @@ class System:
         s = self.settings
 
         def choose(logits):
+            check_finite(logits)
             return mixing.sample_codes(logits, rng(lambda g: g.random(shape, np.float32)))
 
         def gumbel():
@@ -453,12 +456,11 @@ def begin_folder(folder, system, args):
     not_compared = ("out", "count", "batch_size", "device", "amp")
     settings = {name: value for name, value in vars(args).items() if name not in not_compared}
     settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
-    there = dataset.read_json(note)
-    if there not in ({}, settings):
-        raise SystemExit(f"{folder} holds samples of other settings (see {note}); "
-                         "remove it or choose another --out")
+    pictures = list(folder.glob("*.png"))
+    if pictures:
+        dataset.check_same(folder, dataset.read_json(note), settings)
     dataset.write_json(note, settings)
-    more = len(list(folder.glob("*.png"))) - args.count
+    more = len(pictures) - args.count
     if more > 0:
         print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
 
@@ -507,7 +509,8 @@ def pack(folder, count, out, columns):
     for file in files:
         with dataset.reading(file, "picture; remove it to make it again"):
             pictures.append(np.asarray(Image.open(file)))
-    pictures = np.stack(pictures)
+    with dataset.reading(folder, "folder of samples of one size; remove it"):
+        pictures = np.stack(pictures)
     if out.suffix == ".npz":
         dataset.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
     else:
@@ -574,6 +577,9 @@ def open_run(args):
     discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
     if discrete and not system.vq:
         raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
+    N = system.model.N
+    if system.settings["ar_steps"] > N:
+        raise SystemExit(f"--ar-steps {system.settings['ar_steps']}: more than the {N} tokens")
     if system.prior:
         codes = system.prior.N * system.prior.splits
         if system.settings["prior_steps"] > codes:

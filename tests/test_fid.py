@@ -754,7 +754,7 @@ def test_too_few_pictures_can_be_forced(measured):
 def test_what_is_measured_is_not_written_over(world, measured):
     pictures = (world / "samples.npz").read_bytes()
     for flag in ("--save-stats", "--json"):
-        with pytest.raises(SystemExit, match="what is to be measured"):
+        with pytest.raises(SystemExit, match="named twice"):
             fid.main([str(world / "samples.npz"), flag, str(world / "samples.npz")])
     assert (world / "samples.npz").read_bytes() == pictures
 

@@ -270,7 +270,7 @@ def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
     after = start("--count", 5)
     assert len(before) == 3 and len(after) == 5
     assert all(after[name] == before[name] for name in before)
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="s was made with seed 0, not 1: choose"):
         start("--count", 5, "--seed", 1)
     (folder / "settings.json").write_text("{")
     with pytest.raises(SystemExit, match="settings.json: not a") as error:
@@ -333,7 +333,7 @@ def test_a_picture_of_nan_is_an_error_never_a_black_one():
     x = torch.zeros(1, 3, 4, 4)
     x[0, 0, 0, 0] = float("nan")
     for to_pixels in (sample.to_bytes, sample.truncate):
-        with pytest.raises(SystemExit, match="hold values that are not finite"):
+        with pytest.raises(SystemExit, match="values that are not finite"):
             to_pixels(x)
 
 
@@ -479,10 +479,23 @@ def test_more_prior_steps_than_codes_are_refused(runs):
         sample.main([str(runs / "shapes-dcmix"), "--prior-steps", "129"])
 
 
+def test_more_ar_steps_than_tokens_are_refused(runs):
+    with pytest.raises(SystemExit, match="--ar-steps 65: more than the 64 tokens"):
+        sample.main([str(runs / "shapes-dcmix"), "--ar-steps", "65"])
+
+
+def test_a_prior_that_gives_nan_is_an_error(runs, tmp_path):
+    """A guidance that overflows would choose codes of no meaning."""
+    with pytest.raises(SystemExit, match="values that are not finite"):
+        flags = sampling(runs / "shapes-dcmix", tmp_path / "s.png", "--count", 2)
+        sample.main([*flags, "--prior-cfg", "1e300"])
+
+
 @pytest.mark.parametrize("flags", [["--truth"], ["--decode", "discrete"], ["--out", "s.gif"]],
                          ids=" ".join)
 def test_an_official_mar_has_no_discrete_tokens(monkeypatch, flags):
-    official = SimpleNamespace(vq=None, prior=None, settings={})
+    official = SimpleNamespace(vq=None, prior=None, settings=dict(ar_steps=1))
+    official.model = SimpleNamespace(N=64)
     monkeypatch.setattr(sample, "System", lambda *given: official)
     with pytest.raises(SystemExit, match="is an official MAR, which knows no discrete tokens"):
         sample.main(["mar.pth", *flags])
