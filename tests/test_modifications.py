@@ -59,8 +59,9 @@ def copy(tmp_path):
 def patched(copy, name):
     """The same with the patch of this name."""
     error = git_apply(copy, name)
-    assert not error, (f"tests/modifications/{name}.patch no longer applies. Make the change again "
-                       f"by hand, and the patch with git diff:\n{error}")
+    assert not error, (f"tests/modifications/{name}.patch no longer applies. If this repository "
+                       "has it already, take it back. Else make the change again by hand, and the "
+                       f"patch with git diff:\n{error}")
     return copy
 
 

@@ -14,7 +14,7 @@ import train
 
 out = Path(sys.argv[2])
 data = out.parent / "cifar-10-batches-bin"
-data.mkdir()
+data.mkdir(parents=True)
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 

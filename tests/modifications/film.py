@@ -71,11 +71,14 @@ block = film.decoder_blocks[0]
 torch.nn.init.xavier_uniform_(block.attn.proj.weight)
 torch.nn.init.zeros_(block.film.bias)
 x = torch.randn(1, 3, 16)
+half = x + block.attn(block.norm1(x))
+whole = half + block.mlp(block.norm2(half))
+without = block(x, torch.zeros(1, 3, 2))
+assert torch.allclose(without, whole, atol=1e-5), "shift 0 and scale 0 change a block"
 for part in range(4):
     torch.nn.init.zeros_(block.film.weight)
     with torch.no_grad():
         block.film.weight[16 * part:16 * (part + 1)] = 1.0
-        without = block(x, torch.zeros(1, 3, 2))
         assert not torch.allclose(block(x, torch.ones(1, 3, 2)), without), f"part {part} is idle"
 
 train.main(running.mixar(runs, out, "--guidance", "film", "--steps", 4))
