@@ -381,6 +381,8 @@ def reading(path, what):
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"missing {reason}"
+        if len(reason) > 300:
+            reason = reason[:300] + " ..."
         raise SystemExit(f"{path}: not a {what}: {reason}") from None
 
 

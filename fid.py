@@ -367,10 +367,11 @@ def load_extractor(path, args, size):
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     released = sha256.startswith(HASH)
     if "kind" in saved:
-        model = Classifier(**saved["config"])
-        weights = saved["model"]
-        about = saved["meta"]
-        model.name = f"small classifier {sha256[:16]} of {about['data']}"
+        with dataset.reading(path, "classifier"):
+            model = Classifier(**saved["config"])
+            weights = saved["model"]
+            about = saved["meta"]
+            model.name = f"small classifier {sha256[:16]} of {about['data']}"
     else:
         if not size:
             raise SystemExit(f"{path}: Inception's features without a run need --size")
@@ -407,7 +408,8 @@ def find_weights(args, run, data):
     path = folder / "classifier.pt"
     if not path.is_file():
         train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
-    other = backbone.load_checkpoint(path, "classifier")["meta"]["data"]
+    with dataset.reading(path, "classifier"):
+        other = backbone.load_checkpoint(path, "classifier")["meta"]["data"]
     if other != data:
         raise SystemExit(f"{path} is the classifier of {other}, not of {data}; move it away")
     return path
@@ -477,7 +479,8 @@ class PictureSet:
             return count, read, note
         if self.kind == "npz":
             pictures = read_npz(self.what, "arr_0").get("arr_0")
-            if pictures is None or pictures.dtype != np.uint8 or pictures.shape[3:] != (3,):
+            is_rgb = pictures is not None and pictures.shape[3:] == (3,) and pictures.size > 0
+            if not is_rgb or pictures.dtype != np.uint8:
                 expected = "expected an npz file with arr_0, uint8 (n, H, W, 3), or mu and sigma"
                 raise SystemExit(f"{self.what}: {expected}")
             pictures = pictures[:count].transpose(0, 3, 1, 2)
@@ -600,10 +603,12 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("pictures", metavar="A", help="a run, a folder of pictures, an npz file with "
-                   "pictures (arr_0) or with mu and sigma, or a data set")
-    p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its "
-                   "held-out pictures (None: the data set of the run A)")
+    p.add_argument("pictures", metavar="A", type=train.nonempty,
+                   help="a run, a folder of pictures, an npz file with pictures (arr_0) or with "
+                   "mu and sigma, or a data set")
+    p.add_argument("reference", metavar="B", nargs="?", type=train.nonempty,
+                   help="the same; a data set gives its held-out pictures (None: the data set of "
+                   "the run A)")
     p.add_argument("--rfd", action="store_true", help="also B's pictures through the run's vae, vq")
     p.add_argument("--features", default="classifier", metavar="WHICH",
                    help="inception, classifier or a file of either")
@@ -617,7 +622,7 @@ def parse(argv=None):
     p.add_argument("--batch-size", **count, default=80, help="pictures at once")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
-    p.add_argument("--json", metavar="FILE", help="write the report there (None: print it)")
+    p.add_argument("--json", metavar="FILE.json", help="write the report there (None: print it)")
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     return p.parse_args(argv)
 
@@ -645,14 +650,16 @@ def write_report(measured, reference, extractor, args, start):
         print(json.dumps(report, indent=1))
 
 
-def check_writable(file, others):
-    """SystemExit, before anything is measured, if a file of the command could not be written.
+def check_writable(file, suffix, measured):
+    """SystemExit, before anything is measured, if a file could not or should not be written.
 
-    others: the other files that the command names
+    suffix: how its name must end, so that no run, picture or device is written over
+    measured: the other files that the command names
     """
     path = Path(file)
-    if path.is_dir() or path.resolve() in [Path(other or "").resolve() for other in others]:
-        raise SystemExit(f"{file} is a folder or named twice; name another file to write")
+    named_twice = path.resolve() in [Path(other or "").resolve() for other in measured]
+    if path.suffix != suffix or path.is_dir() or named_twice:
+        raise SystemExit(f"{file}: name a {suffix} file to write that is not what is measured")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -667,9 +674,9 @@ def evaluate(args):
     """The whole program: see the head of this file."""
     start = time.time()
     if args.json:
-        check_writable(args.json, [args.pictures, args.reference])
+        check_writable(args.json, ".json", [args.pictures, args.reference])
     if args.save_stats:
-        check_writable(args.save_stats, [args.pictures, args.reference, args.json])
+        check_writable(args.save_stats, ".npz", [args.pictures, args.reference])
     # features are fp32 on every device
     torch.backends.cudnn.allow_tf32 = False
     a = PictureSet(args.pictures, args.device)

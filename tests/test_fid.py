@@ -263,7 +263,7 @@ def test_other_files_than_inception_are_refused_in_one_line(tmp_path):
         (small_file(tmp_path / "tv.pth", torchvision),
          r"Unexpected.*AuxLogits.fc.bias.*fc.weight.*\[1000, 2048\].*\[1008, 2048\]"),
         (small_file(tmp_path / "other.pth", {"conv1.weight": [64, 3, 7, 7]}),
-         "other.pth: .*Unexpected.*conv1.weight"),
+         "other.pth: not a feature network: .*Missing key.* [.]{3}$"),
         (tmp_path / "text.pth", "text.pth: not a classifier checkpoint"),
         (tmp_path / "none.pth", "none.pth: no such file"),
     ]
@@ -754,7 +754,7 @@ def test_too_few_pictures_can_be_forced(measured):
 def test_what_is_measured_is_not_written_over(world, measured):
     pictures = (world / "samples.npz").read_bytes()
     for flag in ("--save-stats", "--json"):
-        with pytest.raises(SystemExit, match="named twice"):
+        with pytest.raises(SystemExit, match="that is not what is measured"):
             fid.main([str(world / "samples.npz"), flag, str(world / "samples.npz")])
     assert (world / "samples.npz").read_bytes() == pictures
 
@@ -763,3 +763,12 @@ def test_a_classifier_needs_two_classes(tmp_path):
     write_pngs(blobs(20), tmp_path / "one" / "only")
     with pytest.raises(SystemExit, match="one has one class.*--features"):
         fid.train_classifier(tmp_path / "c.pt", str(tmp_path / "one"), SIZE, "cpu")
+
+
+def test_a_run_is_not_written_over_by_a_report(world, runs):
+    """Only a file that is named as a report is one."""
+    before = (runs / "shapes-dcmix" / "last.pt").read_bytes()
+    for flag in ("--save-stats", "--json"):
+        with pytest.raises(SystemExit, match="name a .(npz|json) file to write"):
+            fid.main([str(world / "samples.npz"), flag, str(runs / "shapes-dcmix" / "last.pt")])
+    assert (runs / "shapes-dcmix" / "last.pt").read_bytes() == before
