@@ -220,7 +220,7 @@ def run(data, seed, only):
         results = []
         for command in commands:
             if command[0] == "fid.py":
-                report = folder / f"{data} {key}.report.json"
+                report = folder / "reports" / f"{data} {key}.json"
                 start([*command, "--json", str(report)])
                 results += [values(result) for result in json.loads(report.read_text())["results"]]
             else:
