@@ -429,9 +429,12 @@ def locked(folder):
 
 def write_whole(path, write):
     """Write a file by write(file), whole or not at all. SystemExit where it cannot be written."""
-    path = Path(path)
+    # the file that a link names is written, not the link
+    path = Path(path).resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("there is something that is no file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)

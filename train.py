@@ -222,8 +222,10 @@ def end_in_one_line():
     """
     end_at_once_on_signal()
     # file names may hold what the terminal cannot show
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        # a stream that was closed is None
+        if stream:
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (OSError, MemoryError, OverflowError) as error:

@@ -578,6 +578,17 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_links_are_written_through_and_devices_are_not_replaced(tmp_path):
+    target = tmp_path / "target"
+    (tmp_path / "link").symlink_to(target)
+    dataset.write_whole(tmp_path / "link", lambda file: file.write(b"whole"))
+    assert target.read_bytes() == b"whole" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit, match="pipe cannot be written: there is something that is no"):
+        dataset.write_whole(tmp_path / "pipe", lambda file: file.write(b"whole"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("error, reason", [
     (ValueError("two\n  lines"), "two lines"),
     (KeyError("config"), "missing 'config'"),
