@@ -560,7 +560,7 @@ def test_eq04_the_sampler_gets_the_random_numbers_of_each_image(monkeypatch):
     Those of an image depend on the seed and on the number of the image alone.
     """
     def numbers_of_prior(prior, y, draw, gumbel, *settings):
-        return gumbel(), draw(None)
+        return gumbel(), draw(torch.zeros(1))
 
     def return_u(logits, u):
         return u
