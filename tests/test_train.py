@@ -890,7 +890,7 @@ def test_a_wrong_folder_is_one_line_without_traceback(runs, tmp_path):
     arguments = mixar(runs, tmp_path / "run", "--steps", 1, "--data", "/no/where")
     code, _, err = running.run("tests/quick_train.py", *arguments)
     assert code == 1
-    assert "--data /no/where: no such folder" in err and len(err.splitlines()) == 1
+    assert "/no/where: no such folder" in err and len(err.splitlines()) == 1
 
 
 def test_more_bits_than_channels_is_one_line(tmp_path):
