@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -11,6 +12,8 @@ import running
 import sound
 import train
 
+# of these small tensors a second thread would cost more than it brings
+torch.set_num_threads(1)
 HANDLERS = {number: signal.getsignal(number) for number in train.SIGNALS}
 
 
