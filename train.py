@@ -520,11 +520,13 @@ def fit(args, kind, folder, config, fixed, loss, n, get_batch, preview=None, met
         if saved:
             with dataset.reading(state.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
-            how_far = "done," if state.step >= recipe["steps"] else "goes on at"
-            say(f"{kind}: {how_far} step {state.step} of {recipe['steps']}{begun}")
+            say(f"{kind}: {state.step} of {recipe['steps']} steps are done{begun}")
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, kind, state, Loss(state.model.train(), loss), n, get_batch, preview)
+        if rank == 0 and kind != "mixar" and saved and saved["step"] >= recipe["steps"]:
+            # a stopped stage that is long enough for this command: from now on it is finished
+            state.save()
         if rank == 0 and preview:
             preview(state.ema.eval())
     barrier()
@@ -581,9 +583,9 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
 def is_done(args, kind, folder, fixed):
     """Whether nothing is left to do for the vae, vq or prior in `folder`. If so, it says so."""
     saved, begun = read_stage(args, kind, folder, fixed)
-    done = saved is not None and saved["step"] >= args.recipe[kind]["steps"]
+    done = saved is not None and saved["step"] >= saved["args"]["recipe"][kind]["steps"]
     if done:
-        say(f"{kind}: done, step {saved['step']} of {args.recipe[kind]['steps']}{begun}")
+        say(f"{kind}: {saved['step']} of {args.recipe[kind]['steps']} steps are done{begun}")
     return done
 
 
@@ -595,10 +597,11 @@ def train_tokenizer(args, shared, kind, source):
     figure = folder / "reconstructions.png"
     config = backbone.PRESETS[args.preset][kind]
 
-    def fixed(skipped):
+    def settings_without(skipped):
         return dict(config=config, pictures=dataset.describe(source, skipped))
 
-    if figure.is_file() and is_done(args, kind, folder, fixed(skipped_before(folder, kind))):
+    before = settings_without(skipped_before(folder, kind))
+    if figure.is_file() and is_done(args, kind, folder, before):
         return
     pixels, _ = dataset.read_all(source)
 
@@ -613,8 +616,8 @@ def train_tokenizer(args, shared, kind, source):
         sample.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
     loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, kind, folder, config, fixed(source.skipped), loss, len(pixels), get_batch, preview,
-        meta=dict(skipped=source.skipped))
+    fit(args, kind, folder, config, settings_without(source.skipped), loss, len(pixels), get_batch,
+        preview, meta=dict(skipped=source.skipped))
 
 
 def skipped_before(folder, kind):

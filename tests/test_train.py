@@ -635,6 +635,22 @@ def test_what_others_were_made_with_is_never_trained_on(runs, tmp_path):
     assert weights(tmp_path / "runs" / "shapes-dcmix", "step") == 2
 
 
+def test_a_stopped_tokenizer_that_was_used_is_finished(runs, tmp_path):
+    """Stopped after 2 of 4 steps, then asked for 2: tokens are made with it as it is.
+
+    From then on it is finished, and the first command no longer trains it on.
+    """
+    shutil.copytree(runs / "shapes", tmp_path / "shapes", ignore=shutil.ignore_patterns("tokens"))
+    path = tmp_path / "shapes" / "vae" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["recipe"]["vae"]["steps"] = 4
+    torch.save(saved, path)
+    train.main(["--runs", str(tmp_path), *SMALL, "--stage", "cache"])
+    assert weights(path, "step") == 2
+    with pytest.raises(SystemExit, match="vae/last.pt is finished after 2 steps, not 4"):
+        train.main(["--runs", str(tmp_path), *SMALL, "--vae-steps", "4", "--stage", "vae"])
+
+
 def test_models_of_other_tokens_are_not_gone_on_with(runs, tmp_path):
     """Another bit tokenizer makes other tokens: neither the old prior nor the old MixAR fits them.
     """
@@ -660,13 +676,13 @@ def test_every_start_says_how_far_each_stage_is(runs, tmp_path, capsys, no_pictu
     said = capsys.readouterr().out.splitlines()
     assert said[:5] == [
         "data: 64 pictures in 10 classes",
-        "vae: done, step 2 of 2",
-        "vq: done, step 2 of 2",
-        "prior: done, step 2 of 1 (begun with steps 2, not 1)",
-        "mixar: goes on at step 2 of 3 (begun with steps 2, not 3, lr 0.0006, not 0.001)"]
+        "vae: 2 of 2 steps are done",
+        "vq: 2 of 2 steps are done",
+        "prior: 2 of 1 steps are done (begun with steps 2, not 1)",
+        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.0006, not 0.001)"]
     train.main(mixar(runs, tmp_path / "other", "--steps", 1, "--seed", 7, "--amp", "bf16"))
     said = capsys.readouterr().out
-    assert "vae: done, step 2 of 2 (begun with amp fp32, not bf16, seed 0, not 7)" in said
+    assert "vae: 2 of 2 steps are done (begun with amp fp32, not bf16, seed 0, not 7)" in said
 
 
 @pytest.mark.parametrize("flags, words", [
