@@ -123,7 +123,7 @@ def find_split(root, split):
     nothing_else = (train or held_out) and not folders
     if not (both or nothing_else):
         return root, False
-    if split == "test" and train and held_out:
+    if split == "test" and both:
         return held_out[0], True
     return (train + held_out)[0], False
 

@@ -583,7 +583,7 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
 def is_done(args, kind, folder, fixed):
     """Whether nothing is left to do for the vae, vq or prior in `folder`. If so, it says so."""
     saved, begun = read_stage(args, kind, folder, fixed)
-    done = saved is not None and saved["step"] >= saved["args"]["recipe"][kind]["steps"]
+    done = saved and saved["step"] >= saved["args"]["recipe"][kind]["steps"]
     if done:
         say(f"{kind}: {saved['step']} of {args.recipe[kind]['steps']} steps are done{begun}")
     return done
