@@ -255,6 +255,16 @@ def test_pictures_keep_their_identity_when_the_folder_moves(folder, tmp_path):
     assert before != dataset.describe(open_folder(folder), source.skipped)
 
 
+def test_a_cache_goes_with_its_pictures_when_their_folder_moves(folder, tmp_path):
+    tokenizers_of_test = tiny_tokenizers()
+    dataset.cache_tokens(tmp_path / "out", open_folder(folder), *tokenizers_of_test, "cpu")
+    made = (tmp_path / "out" / "meta.json").read_bytes()
+    folder.rename(tmp_path / "moved")
+    source = open_folder(tmp_path / "moved")
+    dataset.cache_tokens(tmp_path / "out", source, *tokenizers_of_test, "cpu")
+    assert (tmp_path / "out" / "meta.json").read_bytes() == made
+
+
 def test_a_name_that_is_not_utf8_is_trained_on(tmp_path, capsys):
     path = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(path)
