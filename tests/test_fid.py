@@ -772,3 +772,9 @@ def test_a_run_is_not_written_over_by_a_report(world, runs):
         with pytest.raises(SystemExit, match="name a .(npz|json) file to write"):
             fid.main([str(world / "samples.npz"), flag, str(runs / "shapes-dcmix" / "last.pt")])
     assert (runs / "shapes-dcmix" / "last.pt").read_bytes() == before
+
+
+def test_fewer_pictures_than_asked_for_are_one_line(world):
+    command = [world / "samples.npz", world / "flat", "--features", world / "features.pt"]
+    with pytest.raises(SystemExit, match="samples.npz has 200 pictures, fewer than --count 9999"):
+        fid.main([*map(str, command), "--count", "9999"])

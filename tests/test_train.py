@@ -981,9 +981,10 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 
     monkeypatch.setattr(train, "mixar_loss", mixar_loss)
     with pytest.raises(SystemExit, match="not finite in 5 steps.*lower --lr"):
-        train.main(mixar(runs, run, "--steps", 30))
+        train.main(mixar(runs, run, "--steps", 30, "--save-every", 1))
     assert len(calls) == 5
     assert same_weights(before, weights(run))
+    assert weights(run, "step") == 2, "nothing is saved after a step that was left out"
 
     # a single bad step is left out
     bad = [len(calls) + 2]
