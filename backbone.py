@@ -38,7 +38,7 @@ BASE = dict(
     mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),  # [MAR]
 )
 # depth: of the encoder and of the decoder. The large head is MAR-H's.   [paper, Tables 1 and 2]
-LARGE = dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1)
+LARGE_MAR = dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1)
 PRESETS = {
     "tiny": dict(                                                                     # [ours]
         size=32,
@@ -48,8 +48,8 @@ PRESETS = {
         mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
     ),
     "base": BASE,
-    "large": BASE | dict(mar=LARGE),
-    "huge": BASE | dict(mar=LARGE | dict(D=1280, depth=20)),
+    "large": BASE | dict(mar=LARGE_MAR),
+    "huge": BASE | dict(mar=LARGE_MAR | dict(D=1280, depth=20)),
 }
 
 

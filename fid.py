@@ -523,6 +523,8 @@ def load_statistics(path, extractor):
     with dataset.reading(path, "file of statistics"):
         mu = saved["mu"]
         sigma = saved["sigma"]
+        if not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
+            raise ValueError("sigma is no covariance")
         n = saved["n"].item() if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"
     if name not in (extractor.name, "not recorded"):
@@ -540,6 +542,8 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     Returns a dict. SystemExit if there are too few pictures for a covariance.
     """
     if one.kind == "statistics":
+        if count:
+            raise SystemExit(f"{one.what} holds statistics, of which --count takes no part")
         return load_statistics(one.what, extractor)
     start = time.time()
     if one.run:
@@ -569,7 +573,7 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     n, d = features.shape
     if n <= (1 if args.force else d):
         raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} "
-                         f"features; take more than {d}, or --force it")
+                         f"features; take more than {d}, or with --force at least 2")
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
     if n >= 10:
         note[extractor.score] = inception_score(np.concatenate(logits))

@@ -31,11 +31,14 @@ import train
 # [MAR]'s, and for the prior those of the released 14-bit generator [MaskBit]. Guidance:
 #     MixAR  eps = eps_u + cfg (eps_c - eps_u)        cfg = 1 is no guidance
 #     prior  l = l_c + prior_cfg (l_c - l_u)          prior_cfg = 0 is no guidance
-TINY = dict(ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5,
-            bound=5.0, prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)
-BASE = dict(ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0,
-            bound=None, prior_steps=64, prior_cfg=7.1, prior_power=3.0, prior_temperature=7.8)
-SAMPLING = dict(tiny=TINY, base=BASE, large=BASE | dict(cfg=3.0), huge=BASE | dict(cfg=3.2))
+TINY_SAMPLING = dict(
+    ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
+    prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)
+LARGE_SAMPLING = dict(
+    ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0, bound=None,
+    prior_steps=64, prior_cfg=7.1, prior_power=3.0, prior_temperature=7.8)
+SAMPLING = dict(tiny=TINY_SAMPLING, base=LARGE_SAMPLING, large=LARGE_SAMPLING | dict(cfg=3.0),
+                huge=LARGE_SAMPLING | dict(cfg=3.2))
 
 
 def image_rng(seed, indices, stream, device="cpu"):
@@ -237,7 +240,7 @@ class System:
             self.meta = checkpoint["meta"]
             if self.meta is None:
                 self.meta = describe_official(model)
-            self.settings = {name: self.meta["sampling"][name] for name in TINY}
+            self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
             mean, std = dataset.latent_statistics(self.meta["latent_mean"], self.meta["latent_std"])
@@ -475,7 +478,9 @@ def sample_folder(system, folder, labels, args, held_out=None):
     if rank == 0:
         begin_folder(folder, system, args)
     train.barrier()
-    missing = [i for i in range(rank, len(labels), ranks) if not png(folder, i).is_file()]
+    # an empty one is none
+    done = {path for path in folder.glob("*.png") if path.stat().st_size > 0}
+    missing = [i for i in range(rank, len(labels), ranks) if png(folder, i) not in done]
     seconds = 0.0
     starts = range(0, len(missing), args.batch_size)
     for k in tqdm(starts, "samples", unit="batch", disable=rank > 0 or not missing):

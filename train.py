@@ -45,7 +45,7 @@ SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer st
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine. `draws` is R.                                                [ours]
-TINY = dict(
+TINY_RECIPE = dict(
     vae=dict(steps=1000, batch=16, lr=4e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
     vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
     prior=dict(steps=2000, batch=32, lr=1e-3, warmup=50, anneal=True, betas=(0.9, 0.96),
@@ -53,9 +53,10 @@ TINY = dict(
     mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
-LARGE = dict(mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False,
-                        betas=(0.9, 0.95), decay=0.02, draws=4))
-RECIPES = dict(tiny=TINY, base=LARGE, large=LARGE, huge=LARGE)
+LARGE_RECIPE = dict(
+    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, betas=(0.9, 0.95), decay=0.02,
+               draws=4))
+RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
 
 
 def mixar_loss(model, batch, rng, step, prior, args):
@@ -76,6 +77,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         u = rng(torch.rand, N, prior.splits)
         x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
+        # from here on x_d is Eq. (12)'s x~_d
         x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12)
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
@@ -237,7 +239,7 @@ def end_in_one_line():
 @contextmanager
 def process_group():
     """Inside, the processes that torchrun started are one group."""
-    if "LOCAL_RANK" in os.environ:
+    if dist.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may draw pictures for hours while the others wait
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -676,7 +678,7 @@ def train_mixar(args, shared, run, tokens):
     say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
 
 
-def check_flags_in_advance(args, shared, run):
+def check_flags_in_advance(args, shared, run, classes):
     """What a flag names is opened before anything is trained. SystemExit if it does not fit."""
     pieces = world()[1] * args.accumulate
     for kind, recipe in args.recipe.items():
@@ -696,14 +698,15 @@ def check_flags_in_advance(args, shared, run):
                              "choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
-        if file:
-            saved = backbone.load_checkpoint(file, kind)
-            if kind == "mixar":
-                # an official MAR has no config
-                config = saved.get("config", dict(guidance="none", mix_at="decoder"))
-                backbone.check_equal(f"--init {file}", "as --guidance and --mix-at",
-                                     (config["guidance"], config["mix_at"]),
-                                     (args.guidance, args.mix_at))
+        if not file:
+            continue
+        # an official file has no config
+        config = backbone.load_checkpoint(file, kind).get("config", {})
+        backbone.check_equal(file, "classes", config.get("classes", classes), classes)
+        if kind == "mixar":
+            found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
+            backbone.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
+                                 (args.guidance, args.mix_at))
 
 
 def train_stages(args):
@@ -711,9 +714,9 @@ def train_stages(args):
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
-    check_flags_in_advance(args, shared, run)
     size = backbone.PRESETS[args.preset]["size"]
     source = dataset.open_source(args.data, "train", size, args.images)
+    check_flags_in_advance(args, shared, run, len(source.classes))
     if args.mirror is not None:
         source.mirror = args.mirror
     say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")

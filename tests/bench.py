@@ -142,7 +142,7 @@ def bench_maskbit():
     torch.manual_seed(0)
     sizes = backbone.PRESETS["base"]["prior"]
     model = backbone.MaskBitPrior(N=N, bits=BITS, classes=CLASSES, **sizes).eval()
-    settings = sample.BASE
+    settings = sample.LARGE_SAMPLING
     guidance = settings["prior_cfg"]
     power = settings["prior_power"]
     temperature = settings["prior_temperature"]

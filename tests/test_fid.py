@@ -482,6 +482,12 @@ def test_statistics_are_saved_and_read_back(measured, tmp_path):
     np.savez(tmp_path / "foreign.npz", **foreign)
     with pytest.raises(SystemExit, match="0000 of elsewhere"):
         measured("samples.npz", str(tmp_path / "foreign.npz"))
+    with pytest.raises(SystemExit, match="of which --count takes no part"):
+        measured(str(file), "idx", "--count", "3")
+    for number, wrong in enumerate([-saved["sigma"], np.triu(saved["sigma"])]):
+        np.savez(tmp_path / f"wrong{number}.npz", mu=saved["mu"], sigma=wrong)
+        with pytest.raises(SystemExit, match=f"wrong{number}.npz: not a .*: sigma is no covariance"):
+            measured("samples.npz", str(tmp_path / f"wrong{number}.npz"))
     np.savez(tmp_path / "plain.npz", mu=saved["mu"], sigma=saved["sigma"])
     report = measured("samples.npz", str(tmp_path / "plain.npz"))
     assert report["reference"]["extractor"] == "not recorded"

@@ -270,6 +270,11 @@ def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
     after = start("--count", 5)
     assert len(before) == 3 and len(after) == 5
     assert all(after[name] == before[name] for name in before)
+    # a disk that was full may leave an empty one
+    (folder / "000001.png").write_bytes(b"")
+    again = start("--count", 5)
+    assert (folder / "000001.png").stat().st_size > 0
+    assert all(again[name] == after[name] for name in after if name != "000001.png")
     with pytest.raises(SystemExit, match="s was made with seed 0, not 1: choose"):
         start("--count", 5, "--seed", 1)
     (folder / "settings.json").write_text("{")

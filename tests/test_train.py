@@ -445,6 +445,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(dist, "init_process_group", lambda *given, **more: None)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with train.process_group():
         assert taken == [1]
@@ -771,6 +772,24 @@ def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
     torch.save(saved, tmp_path / "prior.pt")
     with pytest.raises(SystemExit, match="prior.pt was made with vq 0000000000000000, not "):
         train.main(mixar(runs, tmp_path / "run", "--prior", tmp_path / "prior.pt"))
+
+
+def test_a_rank_without_torchrun_is_one_process(monkeypatch):
+    """Other launchers leave LOCAL_RANK in the environment, without what a group needs."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with train.process_group():
+        assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("flag, kind", [("--prior", "shapes/prior"), ("--init", "shapes-dcmix")])
+def test_a_file_of_other_classes_is_refused_before_anything_is_trained(runs, tmp_path, flag, kind):
+    saved = torch.load(runs / kind / "last.pt", weights_only=True)
+    saved["config"]["classes"] = 7
+    torch.save(saved, tmp_path / "seven.pt")
+    new = tmp_path / "runs"
+    with pytest.raises(SystemExit, match="seven.pt has 7 classes; what it is used with has 10"):
+        train.main(mixar(new, tmp_path / "run", flag, tmp_path / "seven.pt", "--steps", 1))
+    assert not new.exists()
 
 
 @pytest.mark.parametrize("flag", ["--data", "--init", "--runs", "--out"])
