@@ -18,7 +18,9 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -337,31 +339,61 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
     average(list(ema.parameters()), list(model.parameters()), n)
 
 
-def read_stage(args, kind, folder, fixed):
-    """The checkpoint of a stage, folder/last.pt, and how this command differs from its own.
+@dataclass
+class Stage:
+    """What a stage trains, and what on.
 
-    fixed: settings that a stage keeps once it is begun
-    Returns (saved, text), or (None, "") if there is no such file. SystemExit if a setting of
-    `fixed` differs. SystemExit, too, if a finished tokenizer or prior would have to be trained on,
-    because tokens and runs were made with it.
+    kind: "vae", "vq", "prior" or "mixar"
+    folder: where its checkpoint lies, last.pt
+    config: the arguments of its model
+    made_from: the pictures or tokens, and all else that it keeps once it is begun
+    loss: loss(model, batch, rng, step)
+    n: how many pictures there are
+    get_batch: get_batch(pictures, rng) gives the tensors of a batch
+    preview: preview(ema) makes pictures of what is saved
+    meta: what its checkpoint says beside the model, for sample.py
     """
-    path = folder / "last.pt"
-    if not path.is_file():
+
+    kind: str
+    folder: Path
+    config: dict
+    made_from: dict
+    loss: Callable
+    n: int = 0
+    get_batch: Callable = None
+    preview: Callable = None
+    meta: dict = None
+
+    @property
+    def path(self):
+        return self.folder / "last.pt"
+
+
+def read_stage(args, stage):
+    """The checkpoint of a stage, and a text on how this command differs from the one that began it.
+
+    Returns (None, "") if there is none. SystemExit if the stage was begun with another config or
+    made from something else. SystemExit, too, if a finished tokenizer or prior would have to be
+    trained on, because tokens and runs were made with it.
+    """
+    kind = stage.kind
+    if not stage.path.is_file():
         return None, ""
     recipe = args.recipe[kind]
-    saved = backbone.load_checkpoint(path, kind)
-    with dataset.reading(path, f"{kind} checkpoint that fits this run"):
+    saved = backbone.load_checkpoint(stage.path, kind)
+    kept = stage.made_from | dict(config=stage.config)
+    with dataset.reading(stage.path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
         old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         old["seed"] = saved["settings"]["seed"]
         finished_for_good = step >= old["steps"] and kind != "mixar"
         if not finished_for_good:
             # they decide about the pictures in each batch
-            fixed = fixed | dict(seed=args.seed, batch=recipe["batch"])
-        dataset.check_same(path, saved["settings"], fixed)
+            kept = kept | dict(seed=args.seed, batch=recipe["batch"])
+        dataset.check_same(stage.path, saved["settings"], kept)
     if finished_for_good and step < recipe["steps"]:
-        raise SystemExit(f"{path} is finished after {step} steps, not {recipe['steps']}, and is "
-                         f"not trained on: choose another --runs, or --{kind}-steps {step}")
+        raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
+                         f"is not trained on: choose another --runs, or --{kind}-steps {step}")
     new = dict(recipe, amp=args.amp, seed=args.seed)
     changes = ", ".join(dataset.differences(old, new))
     return saved, f" (begun with {changes})" if changes else ""
@@ -371,32 +403,30 @@ class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
     before: how many steps the run had made from which --init started this one
-    about: what a checkpoint holds beside all that
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, AdamW's moments
         step, ema_start          `step` and `before`
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
-        settings                 what a resumed run may not change, see read_stage
+        settings                 what a resumed run may not change: config, seed, made_from, ...
         args                     all flags, with the recipes
         meta                     what sampling needs, see sample.describe_run
     """
 
-    def __init__(self, args, kind, folder, config, about):
-        self.path = folder / "last.pt"
-        self.kind = kind
-        self.about = about
+    def __init__(self, args, stage):
+        self.args = args
+        self.stage = stage
         self.step = 0
         self.before = 0
         torch.manual_seed(args.seed)
         # convolutions are faster with the channels last
-        model = backbone.KINDS[kind](**config)
+        model = backbone.KINDS[stage.kind](**stage.config)
         self.model = model.to(args.device, memory_format=torch.channels_last)
-        if kind == "mixar":
+        if stage.kind == "mixar":
             self.model.checkpoint_activations = args.checkpoint_activations
             self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, args.recipe[kind])
+        self.optimizer = make_optimizer(self.model, args.recipe[stage.kind])
 
     def load(self, saved):
         """Take over everything from a checkpoint of train.py."""
@@ -423,29 +453,36 @@ class State:
                 self.model.load_state_dict(official.state_dict())
                 self.ema.load_state_dict(official.state_dict())
 
-    def set_rate(self, recipe, step):
-        lr = learning_rate(recipe, step)
+    def set_rate(self, step):
+        lr = learning_rate(self.args.recipe[self.stage.kind], step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def save(self):
         """Write last.pt. SystemExit if the weights are not finite."""
+        stage = self.stage
+        kind = stage.kind
         for p in self.model.parameters():
             if not p.isfinite().all():
-                raise SystemExit(f"{self.kind}: weights are not finite after step {self.step}; "
-                                 "lower --lr. What was saved before is kept")
-        saved = self.about | dict(
-            step=self.step, ema_start=self.before, model=self.model.state_dict(),
-            ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
-        dataset.write_whole(self.path, partial(torch.save, saved))
+                raise SystemExit(f"{kind}: weights are not finite after step {self.step}; lower "
+                                 "--lr. What was saved before is kept")
+        settings = stage.made_from | dict(
+            config=stage.config, seed=self.args.seed, batch=self.args.recipe[kind]["batch"])
+        saved = dict(
+            kind=kind, config=stage.config, settings=settings, meta=stage.meta,
+            args=vars(self.args), step=self.step, ema_start=self.before,
+            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict())
+        dataset.write_whole(stage.path, partial(torch.save, saved))
 
 
 class Log:
     """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
 
-    def __init__(self, folder, kind, step, steps, B, args):
-        path = folder / "log.csv"
+    def __init__(self, args, stage, step):
+        recipe = args.recipe[stage.kind]
+        path = stage.folder / "log.csv"
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # neither the header nor a torn row
         rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
@@ -455,15 +492,16 @@ class Log:
         dataset.write_whole(path, lambda file: file.write(text.encode()))
         self.file = path.open("a", buffering=1)                              # row by row
         self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
-        self.bar = tqdm(desc=f"{kind:6}", unit="step", initial=step, total=steps, mininterval=1)
-        self.B = B
+        self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
+                        mininterval=1)
+        self.B = recipe["batch"]
         self.board = None
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit("--tensorboard needs: pip install tensorboard") from None
-            self.board = SummaryWriter(folder)
+            self.board = SummaryWriter(stage.folder)
 
     def write(self, step, loss, lr, norm):
         self.bar.update()
@@ -504,46 +542,39 @@ def update(args, ddp, state, batches, stop=False):
     return loss, norm, stopping > 0
 
 
-def fit(args, kind, folder, config, fixed, loss, n, get_batch, preview=None, meta={}):
-    """Train the model of this kind and config to the end of its recipe, from folder/last.pt on.
-
-    fixed: settings that the stage keeps, see `read_stage`
-    n, get_batch: number of pictures; get_batch(pictures, rng) gives the tensors of a batch
-    preview: preview(ema) makes pictures of what is saved
-    meta: what a checkpoint says beside the model, for sample.py
-    """
+def fit(args, stage):
+    """Train the model of a stage to the end of its recipe, from its last.pt on."""
     rank, _ = world()
-    recipe = args.recipe[kind]
-    settings = fixed | dict(seed=args.seed, batch=recipe["batch"])
-    about = dict(kind=kind, config=config, settings=settings, meta=meta, args=vars(args))
-    with dataset.locked(folder) if rank == 0 else nullcontext():
-        saved, begun = read_stage(args, kind, folder, fixed)
-        state = State(args, kind, folder, config, about)
+    kind = stage.kind
+    steps = args.recipe[kind]["steps"]
+    with dataset.locked(stage.folder) if rank == 0 else nullcontext():
+        saved, begun = read_stage(args, stage)
+        state = State(args, stage)
         if saved:
-            with dataset.reading(state.path, f"{kind} checkpoint that fits this run"):
+            with dataset.reading(stage.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
-            say(f"{kind}: {state.step} of {recipe['steps']} steps are done{begun}")
+            say(f"{kind}: {state.step} of {steps} steps are done{begun}")
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
-        train_steps(args, kind, state, Loss(state.model.train(), loss), n, get_batch, preview)
-        if rank == 0 and kind != "mixar" and saved and saved["step"] >= recipe["steps"]:
+        train_steps(args, stage, state)
+        if rank == 0 and kind != "mixar" and saved and saved["step"] >= steps:
             # a stopped stage that is long enough for this command: from now on it is finished
             state.save()
-        if rank == 0 and preview:
-            preview(state.ema.eval())
+        if rank == 0 and stage.preview:
+            stage.preview(state.ema.eval())
     barrier()
 
 
-def train_steps(args, kind, state, loss, n, get_batch, preview):
-    """The steps of a stage that are missing: see `fit`. A signal ends it when its step is saved."""
+def train_steps(args, stage, state):
+    """The steps of a stage that are missing. A signal ends it when the step is done and saved."""
     rank, _ = world()
+    kind = stage.kind
     recipe = args.recipe[kind]
-    B = recipe["batch"]
     steps = recipe["steps"]
     # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
-    ddp = parallel(loss)
-    log = Log(state.path.parent, kind, state.step, steps, B, args) if rank == 0 else None
+    ddp = parallel(Loss(state.model.train(), stage.loss))
+    log = Log(args, stage, state.step) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
     received = finish_step_on_signal()
     failed = 0
@@ -551,8 +582,8 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
         # With --init, data order, random numbers, rate and average go on where the other run ended:
         # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
-        lr = state.set_rate(recipe, total_step)
-        batches = step_batches(args, get_batch, n, B, total_step, parts)
+        lr = state.set_rate(total_step)
+        batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
@@ -564,7 +595,7 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
                              f"{state.step}; lower --lr. What was saved before is kept")
         state.step += 1
         last = state.step == steps
-        picture = preview and args.sample_every and state.step % args.sample_every == 0
+        picture = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
             log.write(state.step, value, lr, norm)
             due = last or stopping or picture or state.step % args.save_every == 0
@@ -572,9 +603,9 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
             if due and failed == 0:
                 state.save()
             if picture and failed == 0 and not (last or stopping):
-                preview(state.ema.eval())
+                stage.preview(state.ema.eval())
         if stopping:
-            say(f"\n{kind}: stopped by a signal at step {state.step}, saved in {state.path}")
+            say(f"\n{kind}: stopped by a signal at step {state.step}, saved in {stage.path}")
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
@@ -582,12 +613,13 @@ def train_steps(args, kind, state, loss, n, get_batch, preview):
         log.bar.close()
 
 
-def is_done(args, kind, folder, fixed):
-    """Whether nothing is left to do for the vae, vq or prior in `folder`. If so, it says so."""
-    saved, begun = read_stage(args, kind, folder, fixed)
-    done = saved and saved["step"] >= saved["args"]["recipe"][kind]["steps"]
+def is_done(args, stage):
+    """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
+    saved, begun = read_stage(args, stage)
+    recipe = args.recipe[stage.kind]
+    done = saved and saved["step"] >= saved["args"]["recipe"][stage.kind]["steps"]
     if done:
-        say(f"{kind}: {saved['step']} of {args.recipe[kind]['steps']} steps are done{begun}")
+        say(f"{stage.kind}: {saved['step']} of {recipe['steps']} steps are done{begun}")
     return done
 
 
@@ -597,13 +629,14 @@ def train_tokenizer(args, shared, kind, source):
 
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    config = backbone.PRESETS[args.preset][kind]
-
-    def settings_without(skipped):
-        return dict(config=config, pictures=dataset.describe(source, skipped))
-
-    before = settings_without(skipped_before(folder, kind))
-    if figure.is_file() and is_done(args, kind, folder, before):
+    stage = Stage(
+        kind=kind,
+        folder=folder,
+        config=backbone.PRESETS[args.preset][kind],
+        made_from=dict(pictures=dataset.describe(source, skipped_before(folder, kind))),
+        loss=vae_loss if kind == "vae" else vq_loss,
+    )
+    if figure.is_file() and is_done(args, stage):
         return
     pixels, _ = dataset.read_all(source)
 
@@ -617,9 +650,13 @@ def train_tokenizer(args, shared, kind, source):
     def preview(ema):
         sample.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
-    loss = vae_loss if kind == "vae" else vq_loss
-    fit(args, kind, folder, config, settings_without(source.skipped), loss, len(pixels), get_batch,
-        preview, meta=dict(skipped=source.skipped))
+    # only now is it known which pictures cannot be read
+    stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
+    stage.meta = dict(skipped=source.skipped)
+    stage.n = len(pixels)
+    stage.get_batch = get_batch
+    stage.preview = preview
+    fit(args, stage)
 
 
 def skipped_before(folder, kind):
@@ -634,11 +671,18 @@ def skipped_before(folder, kind):
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
-    config |= backbone.PRESETS[args.preset]["prior"]
-    fixed = dict(config=config, tokens=tokens.made_from)
-    if not is_done(args, "prior", shared / "prior", fixed):
-        fit(args, "prior", shared / "prior", config, fixed, prior_loss, tokens.n, tokens.batch,
-            meta=dict(tokens=tokens.made_from))
+    stage = Stage(
+        kind="prior",
+        folder=shared / "prior",
+        config=config | backbone.PRESETS[args.preset]["prior"],
+        made_from=dict(tokens=tokens.made_from),
+        loss=prior_loss,
+        n=tokens.n,
+        get_batch=tokens.batch,
+        meta=dict(tokens=tokens.made_from),
+    )
+    if not is_done(args, stage):
+        fit(args, stage)
 
 
 def train_mixar(args, shared, run, tokens):
@@ -664,17 +708,22 @@ def train_mixar(args, shared, run, tokens):
         dataset.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
-    config |= backbone.PRESETS[args.preset]["mar"]
-    fixed = dict(config=config, tokens=tokens.made_from, ti_mix=args.ti_mix,
-                 init=args.init is not None)
-    meta = sample.describe_run(args, shared, run, tokens, prior)
-    loss = partial(mixar_loss, prior=prior.to(args.device), args=args)
 
     # it reads what `fit` has just saved
     def preview(ema):
         sample.save_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
 
-    fit(args, "mixar", run, config, fixed, loss, tokens.n, tokens.batch, preview, meta)
+    fit(args, Stage(
+        kind="mixar",
+        folder=run,
+        config=config | backbone.PRESETS[args.preset]["mar"],
+        made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
+        loss=partial(mixar_loss, prior=prior.to(args.device), args=args),
+        n=tokens.n,
+        get_batch=tokens.batch,
+        preview=preview,
+        meta=sample.describe_run(args, shared, run, tokens, prior),
+    ))
     say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
 
 

@@ -290,6 +290,11 @@ def test_eq11_the_step_lets_the_prior_predict_behind_the_mask():
     assert any(given is x_hat for given in [*taken, model.x_d])
 
 
+def uniform_of_tokens(model):
+    """The step's draws of uniform numbers, one for every token."""
+    return [x for f, x in model.given if f is torch.rand and x.shape == (2, 4)]
+
+
 def test_eq12_the_step_guides_by_the_mixed_tokens():
     """Eq. (12): with --ti-mix the model is guided by x~_d. Without it, the model is guided by x_d.
 
@@ -301,11 +306,14 @@ def test_eq12_the_step_guides_by_the_mixed_tokens():
 
     model, _ = mixar_step()
     assert (model.x_d == 1).all()
+    drawn_without = uniform_of_tokens(model)
     for step, lam in enumerate((1.0, 0.5, 0.0)):
         with mock.patch.object(mixing, "predict_masked", predict_masked):
             model, _ = mixar_step(step, "--ti-mix")
-        # the last uniform numbers of this shape
-        rho = [x for f, x in model.given if f is torch.rand and x.shape == (2, 4)][-1]
+        drawn = uniform_of_tokens(model)
+        # every token has a rho of its own, drawn last
+        assert len(drawn) == len(drawn_without) + 1
+        rho = drawn[-1]
         generated = model.hidden & (rho >= lam)
         assert torch.equal(model.x_d[..., 0] == -1, generated), f"step {step}"
         assert torch.equal(model.mixed_with, model.x_d)

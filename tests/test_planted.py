@@ -1117,6 +1117,7 @@ LINES = [
     (12, train, "mixar_loss", "m, rng(torch.rand, N), lam",
      "m, rng(torch.rand, N)[:, :1].expand(-1, N), lam"),
     (12, train, "mixar_loss", "rng(torch.rand, N), lam", "rng(torch.randn, N), lam"),
+    (12, train, "mixar_loss", "rng(torch.rand, N), lam", "rng(torch.rand, 1).expand(-1, N), lam"),
     (12, train, "mixar_loss", "rng(torch.rand, N), lam",
      "rng.shared(torch.rand, N).expand(len(y), N), lam"),
     (12, train, "mixar_loss", "if args.ti_mix", "if args.ti_mix and step > 1"),

@@ -332,14 +332,15 @@ def test_truncated_last_checkpoint_stops_the_resume_and_is_kept(runs, tmp_path):
 
 
 def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
-    args = train.parse([])
-    log = train.Log(tmp_path, "mixar", 0, 20, 8, args)
+    args = train.parse(["--steps", "20"])
+    stage = train.Stage("mixar", tmp_path, {}, {}, None)
+    log = train.Log(args, stage, 0)
     for step in range(1, 11):
         log.write(step, 1.0, 1e-3, 1.0)
     with (tmp_path / "log.csv").open("a") as file:
         # what killed processes left
         file.write("15,0.5\n16,0.5,0.001,1.0,9.9,")
-    resumed = train.Log(tmp_path, "mixar", 18, 20, 8, args)
+    resumed = train.Log(args, stage, 18)
     assert resumed
     assert [row["step"] for row in log_rows(tmp_path)] == [str(train.LOG_EVERY)] == ["10"]
 
@@ -548,9 +549,10 @@ def test_recomputed_activations_are_not_kept(tmp_path):
     noise = torch.zeros(1, 400, 8)
     config = dict(N=64, d_c=8, d_d=8, classes=10) | backbone.PRESETS["tiny"]["mar"]
 
+    stage = train.Stage("mixar", tmp_path, config, {}, None)
+
     def numbers_kept(*flags):
-        args = train.parse(flags)
-        model = train.State(args, "mixar", tmp_path, config, {}).model.train()
+        model = train.State(train.parse(flags), stage).model.train()
         sizes = {}
 
         def note_size(x):
@@ -940,16 +942,15 @@ def test_more_bits_than_channels_is_one_line(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     """A resume names every missing, unexpected and mis-shaped weight, in one line."""
     args = train.parse([])
-    config = backbone.PRESETS["tiny"]["vae"]
-    about = dict(kind="vae", config=config, settings=dict(seed=0), args=vars(args))
-    train.State(args, "vae", tmp_path, config, about).save()
+    stage = train.Stage("vae", tmp_path, backbone.PRESETS["tiny"]["vae"], {}, None)
+    train.State(args, stage).save()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     del saved["model"]["quant_conv.bias"]
     saved["model"]["other"] = torch.zeros(1)
     saved["model"]["post_quant_conv.bias"] = torch.zeros(3)
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(SystemExit) as error:
-        train.fit(args, "vae", tmp_path, config, {}, None, 8, None)
+        train.fit(args, stage)
     line = str(error.value)
     assert line.startswith(str(tmp_path / "last.pt")) and "\n" not in line
     assert 'Missing key(s) in state_dict: "quant_conv.bias"' in line
