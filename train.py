@@ -341,28 +341,17 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
 
 @dataclass
 class Stage:
-    """What a stage trains, and what on.
+    """What a stage trains, and what on."""
 
-    kind: "vae", "vq", "prior" or "mixar"
-    folder: where its checkpoint lies, last.pt
-    config: the arguments of its model
-    made_from: the pictures or tokens, and all else that it keeps once it is begun
-    loss: loss(model, batch, rng, step)
-    n: how many pictures there are
-    get_batch: get_batch(pictures, rng) gives the tensors of a batch
-    preview: preview(ema) makes pictures of what is saved
-    meta: what its checkpoint says beside the model, for sample.py
-    """
-
-    kind: str
-    folder: Path
-    config: dict
-    made_from: dict
-    loss: Callable
-    n: int = 0
-    get_batch: Callable = None
-    preview: Callable = None
-    meta: dict = None
+    kind: str                          # "vae", "vq", "prior" or "mixar"
+    folder: Path                       # where its checkpoint lies, last.pt
+    config: dict                       # the arguments of its model
+    made_from: dict                    # its pictures or tokens: they stay once it is begun
+    loss: Callable                     # loss(model, batch, rng, step)
+    n: int = 0                         # how many pictures there are
+    get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
+    preview: Callable = None           # preview(ema) makes pictures of what is saved
+    meta: dict = None                  # what its checkpoint says beside the model, for sample.py
 
     @property
     def path(self):
