@@ -79,8 +79,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         u = rng(torch.rand, N, prior.splits)
         x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
-        # from here on x_d is Eq. (12)'s x~_d
-        x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12)
+        x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
