@@ -544,7 +544,8 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     if "mean" in meta:
         return
     arrays = open_arrays(folder, "r+")
-    fill_cache(arrays, source, vae, vq, device, batch or 2 ** 19 // source.size ** 2)
+    # more at once take more memory, and more time
+    fill_cache(arrays, source, vae, vq, device, batch or max(2 ** 16 // source.size ** 2, 8))
     mean, std = statistics(arrays["moments"], np.flatnonzero(arrays["status"] == 1))
     bits = vq.quantize.codebook.shape[1]
     meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,

@@ -46,18 +46,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
-# along a cosine. `draws` is R.                                                [ours]
+# along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
 TINY_RECIPE = dict(
-    vae=dict(steps=1000, batch=16, lr=4e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
-    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
-    prior=dict(steps=2000, batch=32, lr=1e-3, warmup=50, anneal=True, betas=(0.9, 0.96),
+    vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
+             decay=0.0),
+    vq=dict(steps=400, batch=16, lr=1e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
+            decay=0.0),
+    prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
                decay=0.045),
-    mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
+    mixar=dict(steps=800, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
 LARGE_RECIPE = dict(
-    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, betas=(0.9, 0.95), decay=0.02,
-               draws=4))
+    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, muon=False, betas=(0.9, 0.95),
+               decay=0.02, draws=4))
 RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
 
 
@@ -318,18 +320,71 @@ def learning_rate(recipe, step):
         warmup *= recipe["steps"]
     rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
     if recipe["anneal"]:
-        rate *= 0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])
+        # a run that --init trains on keeps the last rate of the run before it
+        progress = min(step / recipe["steps"], 1)
+        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
     return rate
 
 
-def make_optimizer(model, recipe):
-    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]"""
+def orthogonal(g):
+    """About U V^T for a matrix g = U S V^T, by five Newton-Schulz steps.   [Muon]"""
+    wide = g if len(g) <= g.shape[1] else g.T
+    x = nn.functional.normalize(wide, dim=(0, 1))
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is g else x.T
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
+
+    The entries of such an update are as large as AdamW's, so that both take the same rate.
+    torch.optim.Muon computes in bf16, which takes a second a step on CPUs without it.
+
+    matrices: the set of these parameters; kernels of convolutions are taken as matrices
+    amp: precision of the matrix products
+    """
+
+    def __init__(self, groups, matrices, amp, **settings):
+        super().__init__(groups, **settings)
+        self.matrices = matrices
+        self.amp = amp
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in self.matrices.intersection(group["params"]):
+                if p not in self.state:
+                    # named as AdamW's, which must find a step
+                    self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
+                with autocast(self.amp, p.device):
+                    direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(direction.shape) ** 0.5
+                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
+                # AdamW then leaves it alone
+                p.grad = None
+        super().step()
+
+
+def make_optimizer(model, recipe, amp):
+    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]
+
+    With `muon`, the matrices of all blocks get Muon's updates, also those of the head.   [ours]
+    """
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "diffloss" in name]
     groups = [dict(params=decayed, weight_decay=recipe["decay"]),
               dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    if not recipe["muon"]:
+        return torch.optim.AdamW(groups, **settings)
+    blocks = ("blocks.", "layers.", "block.")
+    matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
+    return Muon(groups, matrices, amp, **settings)
 
 
 def update_ema(ema, model, n, decay=EMA_DECAY):
@@ -414,7 +469,7 @@ class State:
             self.model.checkpoint_activations = args.checkpoint_activations
             self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, args.recipe[stage.kind])
+        self.optimizer = make_optimizer(self.model, args.recipe[stage.kind], args.amp)
 
     def load(self, saved):
         """Take over everything from a checkpoint of train.py."""
@@ -423,7 +478,7 @@ class State:
             module.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, moments in self.optimizer.state.items():
-            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+            if any(moments[name].shape != p.shape for name in moments if name != "step"):
                 raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
         self.step = saved["step"]
         self.before = saved["ema_start"]
@@ -699,7 +754,14 @@ def train_mixar(args, shared, run, tokens):
 
     # it reads what `fit` has just saved
     def preview(ema):
-        sample.save_figures(sample.System(run, args.device, amp=args.amp), run, args.seed)
+        system = sample.System(run, args.device, amp=args.amp)
+        if args.preset != "tiny":
+            # a look takes seconds then, not minutes
+            system.settings |= dict(ar_steps=16, diffusion_steps=25)
+        try:
+            sample.save_figures(system, run, args.seed)
+        except torch.OutOfMemoryError:
+            print("out of memory: no pictures; sample.py makes them with a lower --batch-size")
 
     fit(args, Stage(
         kind="mixar",

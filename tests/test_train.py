@@ -119,15 +119,18 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
         counts.append(n)
         shipped(ema, model, n)
 
+    # an annealed rate depends on the length of its run
+    monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "anneal", False)
+    train.main(mixar(runs, tmp_path / "first", "--steps", 2))
     monkeypatch.setattr(train, "update_ema", count)
     train.main(mixar(runs, tmp_path / "four", "--steps", 4))
-    init = ["--init", runs / "shapes-dcmix"]
+    init = ["--init", tmp_path / "first"]
     train.main(mixar(runs, tmp_path / "two", *init, "--steps", 2))
     assert weights(tmp_path / "two", "step") == 2
     for key in ("model", "ema"):
         four = weights(tmp_path / "four", key)
         assert same_weights(four, weights(tmp_path / "two", key)), key
-        assert not same_weights(four, weights(runs / "shapes-dcmix", key)), key
+        assert not same_weights(four, weights(tmp_path / "first", key)), key
     train.main(mixar(runs, tmp_path / "two", *init, "--steps", 3))
     assert counts == [0, 1, 2, 3] + [2, 3] + [4]
 
@@ -757,6 +760,17 @@ def test_optimiser_moments_of_other_shapes_are_refused(runs, tmp_path):
     torch.save(saved, run / "last.pt")
     with pytest.raises(SystemExit, match="last.pt: not a mixar .*optimiser has moments of other"):
         train.main(mixar(runs, run, "--steps", 3))
+
+
+def test_pictures_for_which_memory_is_missing_do_not_end_the_run(
+        runs, tmp_path, monkeypatch, capsys):
+    def save_figures(system, folder, seed):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample, "save_figures", save_figures)
+    train.main(mixar(runs, tmp_path / "run", "--steps", 3, "--sample-every", 1))
+    assert capsys.readouterr().out.count("out of memory: no pictures") == 3
+    assert weights(tmp_path / "run", "step") == 3
 
 
 def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_pictures):
