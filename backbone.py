@@ -11,19 +11,14 @@ Try: python backbone.py          (parameters and tokens beside the paper's Table
 
 B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True: to predict.
 """
-import argparse
-import pickle
-import re
-import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, layer_norm, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-import dataset
+import disk
 import mixing
 import tokenizers
 from diffusion_head import DiffusionHead, linear
@@ -447,35 +442,6 @@ def heads_of(D):
 KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixar=MAR)
 
 
-def load_checkpoint(path, kind):
-    """The dict in the file `path`, read without running any code in it.
-
-    path: a file, or a folder with last.pt
-    kind: "vae", "vq", "prior", "mixar" or "classifier"
-    SystemExit if there is no such file, if it is damaged or if train.py saved another kind in it.
-    """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
-    with dataset.reading(path, f"{kind} checkpoint"):
-        # MAR's files also hold their flags
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = zipfile.is_zipfile(path)
-            try:
-                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL (\S+)", str(error))
-                if not found:
-                    raise ValueError("it is no file of weights") from None
-                raise ValueError(f"it holds a {found[1]}, which could run code when loaded; if you "
-                                 "trust it, load it with weights_only=False and save its "
-                                 "state_dict alone") from None
-        found = saved.get("kind", kind)
-        if found != kind:
-            raise ValueError(f"it is a {found} checkpoint")
-    return saved
-
-
 def load_model(path, kind, weights="ema"):
     """The model saved at `path`, ready for inference, and its checkpoint dict.
 
@@ -484,8 +450,8 @@ def load_model(path, kind, weights="ema"):
     weights: "ema" for the moving average, "raw" for the last weights
     SystemExit with one line where it cannot be loaded.
     """
-    saved = load_checkpoint(path, kind)
-    with dataset.reading(path, f"{kind} checkpoint"):
+    saved = disk.load_checkpoint(path, kind)
+    with disk.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
             state = saved["ema"] if weights == "ema" else saved["model"]
             return tokenizers.build(KINDS[kind], saved["config"], state), saved

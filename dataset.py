@@ -1,22 +1,19 @@
 """The pictures I, and the token cache: Eq. (7) for all of them, once.
 
 Pictures come from the embedded set `shapes`, class folders or MNIST-family files. `cache_tokens`
-writes x_c and x_d of all pictures, and training reads them by `Tokens`. The rules for reading and
-writing files are here, too: `reading`, `check_same`, `locked` and `write_whole`.
+writes x_c and x_d of all pictures, and training reads them by `Tokens`.
 
 n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads tokenizers.py and picture files. Feeds train.py, sample.py and fid.py. Read mixing.py next.
+Reads disk.py, tokenizers.py and picture files. Feeds train.py, sample.py and fid.py.
+Read mixing.py next.
 Try: python train.py --data DIR --stage cache
 """
 import colorsys
-import fcntl
 import gzip
 import hashlib
-import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from math import cos, hypot, pi, sin
 from pathlib import Path
 
@@ -25,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import disk
 import tokenizers
 
 
@@ -191,7 +189,7 @@ def read_idx(root, part, content, axes):
         names = ", ".join(path.name for path in found) or "none"
         raise SystemExit(f"{root}: one file ...{part}-{content}-idx{axes}-ubyte[.gz] is needed, "
                          f"it has {names}")
-    with reading(found[0], "readable idx file"):
+    with disk.reading(found[0], "readable idx file"):
         data = found[0].read_bytes()
         if found[0].suffix == ".gz":
             data = gzip.decompress(data)
@@ -372,102 +370,6 @@ def report_skipped(source, reasons):
         print(f"skipped {len(reasons)} unreadable of {n} pictures:", *reasons.values(), sep="\n  ")
 
 
-@contextmanager
-def reading(path, what):
-    """Whatever goes wrong inside ends the program with one line: PATH: not a WHAT: reason."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"missing {reason}"
-        if len(reason) > 300:
-            reason = reason[:300] + " ..."
-        raise SystemExit(f"{path}: not a {what}: {reason}") from None
-
-
-def differences(was, now):
-    """A text for every entry in which two dicts differ, also in dicts within them.
-
-    An entry that only one of them has is not compared: files of earlier versions have fewer.
-    """
-    for name in was:
-        old, new = was[name], now.get(name, was[name])
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new)
-        elif old != new:
-            yield f"{name} {old}, not {new}"
-
-
-def check_same(path, was, now):
-    """SystemExit naming what differs between two dicts that say how `path` was made."""
-    # Tuples become lists, as in files.
-    different = "; ".join(sorted(differences(*json.loads(json.dumps([was, now])))))
-    if different:
-        raise SystemExit(f"{path} was made with {different}: choose another --runs or --out "
-                         "folder, or remove it")
-
-
-@contextmanager
-def locked(folder):
-    """Inside, no other program may write into `folder`. SystemExit if one is writing there.
-
-    The system takes the lock back when a program ends in any way. What a killed one left behind
-    half written is removed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"{folder}: another program is writing into this folder; wait for "
-                             "its end or choose another --runs or --out") from None
-        for leftover in folder.glob(".*.unfinished"):
-            leftover.unlink()
-        yield
-
-
-def write_whole(path, write):
-    """Write a file by write(file), whole or not at all. SystemExit where it cannot be written."""
-    # the file that a link names is written, not the link
-    path = Path(path).resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("there is something that is no file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    # On a full disk torch.save raises a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{path} cannot be written: {error}") from None
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def read_json(path):
-    """The dict that write_json wrote, or {} if there is no such file."""
-    with reading(path, "readable note; remove it"):
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-
-
-def fingerprint(module):
-    """16 hexadecimal digits that tell the weights of a module from others."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def encode(pictures, vae, vq, device, mirror):
     """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
@@ -494,7 +396,7 @@ def open_arrays(folder, mode):
     arrays = {}
     for name, kind in ARRAYS.items():
         path = folder / f"{name}.npy"
-        with reading(path, f"part of a token cache (remove {folder} to make it again)"):
+        with disk.reading(path, f"part of a token cache (remove {folder} to make it again)"):
             arrays[name] = np.load(path, mmap_mode=mode)
             rows = len(arrays["moments"])
             if arrays[name].dtype != kind or len(arrays[name]) != rows:
@@ -526,8 +428,8 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     killed run goes on. meta.json holds the mean and deviation of x_c. One process writes them.
     SystemExit if the folder was made from other pictures or tokenizers.
     """
-    meta = read_json(folder / "meta.json")
-    made_with = dict(vae=fingerprint(vae), vq=fingerprint(vq), data=source.data)
+    meta = disk.read_json(folder / "meta.json")
+    made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq), data=source.data)
     if not meta:
         # The row of a black picture tells the shapes.
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
@@ -535,12 +437,12 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
         row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
         begin_cache(folder, source, row)
         meta = dict(made_from=describe(source, []) | made_with, classes=source.classes, skipped=[])
-        write_json(folder / "meta.json", meta)
-    with reading(folder / "meta.json", "note of a token cache; remove it"):
+        disk.write_json(folder / "meta.json", meta)
+    with disk.reading(folder / "meta.json", "note of a token cache; remove it"):
         # Where the pictures lie does not matter.
         was = meta["made_from"] | dict(data=source.data)
         now = describe(source, meta["skipped"]) | made_with
-    check_same(folder, was, now)
+    disk.check_same(folder, was, now)
     if "mean" in meta:
         return
     arrays = open_arrays(folder, "r+")
@@ -550,7 +452,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     bits = vq.quantize.codebook.shape[1]
     meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,
                  mean=mean, std=std, bits=bits)
-    write_json(folder / "meta.json", meta)
+    disk.write_json(folder / "meta.json", meta)
 
 
 def fill_cache(arrays, source, vae, vq, device, batch):
@@ -597,8 +499,8 @@ class Tokens:
 
     def __init__(self, folder):
         arrays = open_arrays(folder, "r")
-        with reading(folder, "complete token cache; remove it to make it again"):
-            meta = read_json(folder / "meta.json")
+        with disk.reading(folder, "complete token cache; remove it to make it again"):
+            meta = disk.read_json(folder / "meta.json")
             self.made_from = meta["made_from"]
             self.classes = meta["classes"]
             self.bits = meta["bits"]

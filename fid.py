@@ -1,9 +1,8 @@
 """Two sets of pictures compared: FID, inception score and rFID. Section 4, Tables 1 and 2.
 
 `evaluate` is the whole program: open the feature network, measure B, measure A, compare, report.
-`measure` streams pictures through the network and takes mean and covariance of the features;
-`frechet_distance` compares those of two sets. The released Inception network makes it FID. A small
-classifier of the data set gives other features, whose distance is never called FID.
+`measure` streams pictures through a network of features.py and takes mean and covariance of the
+features; `frechet_distance` compares those of two sets.
 
 A run is sampled with its own settings. For other settings, sample.py first writes the pictures.
 Reads runs through sample.py and data sets through dataset.py, writes JSON. It is the last file.
@@ -12,34 +11,22 @@ Try: python fid.py runs/shapes-dcmix shapes
 B batch, n pictures, d features, K classes. All statistics are float64.
 """
 import argparse
-import hashlib
 import json
-import math
 import tempfile
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.special import log_softmax
-from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, max_pool2d, pad
 from tqdm import tqdm
 
-import backbone
 import dataset
+import disk
+import features
 import sample
 import train
-
-# The weights of FID. HASH is the start of the file's sha256.   [pytorch-fid]
-URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
-HASH = "6726825d"
-
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two normal distributions, a float.   [Heusel 2017]
@@ -94,302 +81,6 @@ def inception_score(logits, splits=10, shuffle=2020):
     return dict(mean=mean, deviation=deviation, splits=splits, shuffle=shuffle)
 
 
-def conv(c_in, c_out, kernel, stride=1, padding="same"):
-    """Convolution, batch norm and ReLU."""
-    layers = OrderedDict(
-        conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-        bn=nn.BatchNorm2d(c_out, eps=1e-3),
-        relu=nn.ReLU(inplace=True),
-    )
-    return nn.Sequential(layers)
-
-
-def average(x):
-    """The mean of each 3 x 3 neighbourhood, in which padding does not count."""
-    return avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def maximum(x):
-    return max_pool2d(x, 3, 1, 1)
-
-
-class InceptionA(nn.Module):
-    """Convolutions of 1 x 1, of 5 x 5 and twice of 3 x 3 side by side; 224 + c_pool channels."""
-
-    def __init__(self, c_in, c_pool):
-        super().__init__()
-        self.branch1x1 = conv(c_in, 64, 1)
-        self.branch5x5_1 = conv(c_in, 48, 1)
-        self.branch5x5_2 = conv(48, 64, 5)
-        self.branch3x3dbl_1 = conv(c_in, 64, 1)
-        self.branch3x3dbl_2 = conv(64, 96, 3)
-        self.branch3x3dbl_3 = conv(96, 96, 3)
-        self.branch_pool = conv(c_in, c_pool, 1)
-
-    def forward(self, x):
-        one = self.branch1x1(x)
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([one, five, double, self.branch_pool(average(x))], dim=1)
-
-
-class InceptionB(nn.Module):
-    """Half the height and width, 480 channels more."""
-
-    def __init__(self, c_in):
-        super().__init__()
-        self.branch3x3 = conv(c_in, 384, 3, 2, "valid")
-        self.branch3x3dbl_1 = conv(c_in, 64, 1)
-        self.branch3x3dbl_2 = conv(64, 96, 3)
-        self.branch3x3dbl_3 = conv(96, 96, 3, 2, "valid")
-
-    def forward(self, x):
-        three = self.branch3x3(x)
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([three, double, max_pool2d(x, 3, 2)], dim=1)
-
-
-class InceptionC(nn.Module):
-    """Convolutions of 7 x 7, as pairs of 1 x 7 and 7 x 1 that are c channels wide; 768 channels."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.branch1x1 = conv(768, 192, 1)
-        self.branch7x7_1 = conv(768, c, 1)
-        self.branch7x7_2 = conv(c, c, (1, 7))
-        self.branch7x7_3 = conv(c, 192, (7, 1))
-        self.branch7x7dbl_1 = conv(768, c, 1)
-        self.branch7x7dbl_2 = conv(c, c, (7, 1))
-        self.branch7x7dbl_3 = conv(c, c, (1, 7))
-        self.branch7x7dbl_4 = conv(c, c, (7, 1))
-        self.branch7x7dbl_5 = conv(c, 192, (1, 7))
-        self.branch_pool = conv(768, 192, 1)
-
-    def forward(self, x):
-        one = self.branch1x1(x)
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([one, seven, double, self.branch_pool(average(x))], dim=1)
-
-
-class InceptionD(nn.Module):
-    """Half the height and width; 768 channels become 1280."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = conv(768, 192, 1)
-        self.branch3x3_2 = conv(192, 320, 3, 2, "valid")
-        self.branch7x7x3_1 = conv(768, 192, 1)
-        self.branch7x7x3_2 = conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = conv(192, 192, 3, 2, "valid")
-
-    def forward(self, x):
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return torch.cat([three, self.branch7x7x3_4(seven), max_pool2d(x, 3, 2)], dim=1)
-
-
-class InceptionE(nn.Module):
-    """Convolutions of 1 x 3 and 3 x 1 side by side; 2048 channels."""
-
-    def __init__(self, c_in, pool):
-        super().__init__()
-        self.branch1x1 = conv(c_in, 320, 1)
-        self.branch3x3_1 = conv(c_in, 384, 1)
-        self.branch3x3_2a = conv(384, 384, (1, 3))
-        self.branch3x3_2b = conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = conv(c_in, 448, 1)
-        self.branch3x3dbl_2 = conv(448, 384, 3)
-        self.branch3x3dbl_3a = conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = conv(384, 384, (3, 1))
-        self.branch_pool = conv(c_in, 192, 1)
-        self.pool = pool
-
-    def forward(self, x):
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        one = self.branch1x1(x)
-        three = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        double = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([one, *three, *double, self.branch_pool(self.pool(x))], dim=1)
-
-
-class Inception(nn.Module):
-    """The network of TensorFlow's 2015 graph, under the names of its released PyTorch file.
-
-    resize: "torch-fidelity" or "pytorch-fid", the only difference between their features.
-    size: pictures are cropped to this side before they are resized to 299.
-    """
-
-    samples = 50000
-    score = "inception_score"
-    width = 2048
-
-    def __init__(self, resize="torch-fidelity", size=None):
-        super().__init__()
-        self.Conv2d_1a_3x3 = conv(3, 32, 3, 2, "valid")
-        self.Conv2d_2a_3x3 = conv(32, 32, 3, padding="valid")
-        self.Conv2d_2b_3x3 = conv(32, 64, 3)
-        self.pool1 = nn.MaxPool2d(3, 2)
-        self.Conv2d_3b_1x1 = conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = conv(80, 192, 3, padding="valid")
-        self.pool2 = nn.MaxPool2d(3, 2)
-        self.Mixed_5b = InceptionA(192, 32)
-        self.Mixed_5c = InceptionA(256, 64)
-        self.Mixed_5d = InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(128)
-        self.Mixed_6c = InceptionC(160)
-        self.Mixed_6d = InceptionC(160)
-        self.Mixed_6e = InceptionC(192)
-        self.Mixed_7a = InceptionD()
-        self.Mixed_7b = InceptionE(1280, average)
-        # The graph of 2015 has the maximum here.   [torch-fidelity] [pytorch-fid]
-        self.Mixed_7c = InceptionE(2048, maximum)
-        self.fc = nn.Linear(2048, 1008)
-        self.resize = resize
-        self.size = size
-
-    def forward(self, images):
-        """uint8 (B, 3, H, W) -> features (B, 2048), logits without their bias (B, 1008)."""
-        if self.resize == "torch-fidelity":
-            # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in.
-            wider = pad(images.float(), (0, 1, 0, 1), mode="replicate")
-            x = interpolate(wider, (300, 300), mode="bilinear", align_corners=True)
-            x = (x[..., :299, :299] - 128) / 128
-        else:
-            x = interpolate(images.float() / 255, (299, 299), mode="bilinear")
-            x = 2 * x - 1
-        *layers, fc = self.children()
-        for layer in layers:
-            x = layer(x)
-        features = x.mean((2, 3))
-        return features, features @ fc.weight.T
-
-
-class Classifier(nn.Module):
-    """A small network that classifies pictures of a data set.   [ours]
-
-    Its features are channel means at two depths: texture and colour, then shape.
-    """
-
-    samples = 2000
-    score = "classifier_score"
-    width = 48 + 96
-
-    def __init__(self, classes, size):
-        super().__init__()
-        fine = [self.block(3, 32, 1), self.block(32, 48, 2), self.block(48, 48, 1)]
-        self.fine = nn.Sequential(*fine)
-        coarse = [self.block(48, 96, 2), self.block(96, 96, 1)]
-        coarse += [self.block(96, 96, 2), self.block(96, 96, 1)]
-        self.coarse = nn.Sequential(*coarse)
-        self.head = nn.Linear(self.width, classes)
-        self.size = size
-
-    @staticmethod
-    def block(c_in, c_out, stride):
-        convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
-
-    def forward(self, images):
-        """uint8 (B, 3, size, size) -> features (B, d), logits (B, K)."""
-        fine = self.fine(images.float() / 127.5 - 1)                 # (B, 48, size / 2, size / 2)
-        coarse = self.coarse(fine)                                   # (B, 96, size / 8, size / 8)
-        features = torch.cat([fine.mean((2, 3)), coarse.mean((2, 3))], dim=1)
-        return features, self.head(features)
-
-
-def train_classifier(path, data, size, device, steps=700, B=128):
-    """Train the classifier on nine tenths of the train split, and save it with its accuracy.
-
-    The same pictures give the same classifier. The last tenth is held out for the accuracy.
-    """
-    source = dataset.open_source(data, "train", size, None if data == "shapes" else 60000)
-    if len(source.classes) == 1:
-        raise SystemExit(f"{data} has one class, which no classifier can tell from others; "
-                         "choose other --features")
-    pictures, labels = dataset.read_all(source)
-    x = torch.tensor(pictures)                                       # (n, 3, size, size)
-    y = torch.tensor(labels)                                         # (n,)
-    torch.manual_seed(0)
-    rng = np.random.RandomState(0)
-    model = Classifier(len(source.classes), size).to(device)
-    kept, held_out = np.split(rng.permutation(len(y)), [len(y) - len(y) // 10])
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    epochs = math.ceil(steps * B / len(kept))
-    order = np.concatenate([rng.permutation(kept) for _ in range(epochs)])
-    batches = order[:steps * B].reshape(steps, B)
-    for rows in tqdm(batches, desc="classifier", unit="step", disable=None):
-        with train.autocast("auto", torch.device(device)):
-            _, logits = model(x[rows].to(device))
-            loss = cross_entropy(logits.float(), y[rows].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    model.eval()
-    logits = [model(part.to(device))[1].cpu() for part in x[held_out].split(500)]
-    right = torch.cat(logits).argmax(1) == y[held_out]
-    meta = dict(data=data, pictures=len(kept), skipped=len(source.labels) - len(y), steps=steps,
-                held_out_accuracy=right.double().mean().item())
-    config = dict(classes=len(source.classes), size=size)
-    saved = dict(kind="classifier", config=config, model=model.state_dict(), meta=meta)
-    dataset.write_whole(path, lambda file: torch.save(saved, file))
-
-
-def released_weights():
-    """The path of FID's weights, which are fetched once.   [pytorch-fid]"""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH)
-    except (OSError, RuntimeError) as error:
-        advice = f"cannot be fetched ({error}); put it there, or name it by --features"
-        raise SystemExit(f"{path}: no such file, and {URL} {advice}") from None
-    return path
-
-
-def load_extractor(path, args, size):
-    """The feature network in `path`: a classifier saved here, or Inception.
-
-    size: side to which pictures are cropped before Inception; a classifier has its own.
-
-    Returns the model with three more attributes: name, metric (what its distance is called) and
-    about (for the report).
-    """
-    saved = backbone.load_checkpoint(path, "classifier")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    released = sha256.startswith(HASH)
-    if "kind" in saved:
-        with dataset.reading(path, "classifier"):
-            model = Classifier(**saved["config"])
-            weights = saved["model"]
-            about = saved["meta"]
-            model.name = f"small classifier {sha256[:16]} of {about['data']}"
-    else:
-        if not size:
-            raise SystemExit(f"{path}: Inception's features without a run need --size")
-        model = Inception(args.resize, size)
-        # The released file has no counters of batches.
-        own = model.state_dict()
-        weights = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | saved
-        about = {}
-        release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
-        model.name = f"Inception-v3 {release}, resize of {args.resize}"
-    with dataset.reading(path, "feature network"):
-        model.load_state_dict(weights)
-    model.metric = "FID" if released else f"Frechet distance ({model.name}, not FID)"
-    model.about = dict(name=model.name, file=str(path), sha256=sha256)
-    model.about |= dict(width=model.width, size=model.size) | about
-    return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
-
-
 def find_weights(args, run, data):
     """The path of the network that --features names, fetched or trained if it is missing.
 
@@ -397,7 +88,7 @@ def find_weights(args, run, data):
     data: the data set whose classifier is wanted, or None.
     """
     if args.features == "inception":
-        return released_weights()
+        return features.released_weights()
     if args.features != "classifier":
         return args.features
     if not data:
@@ -407,9 +98,9 @@ def find_weights(args, run, data):
     folder = run.shared if run else Path("runs") / Path(data).name
     path = folder / "classifier.pt"
     if not path.is_file():
-        train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
-    with dataset.reading(path, "classifier"):
-        other = backbone.load_checkpoint(path, "classifier")["meta"]["data"]
+        features.train_classifier(path, data, min(run.size, 64) if run else 32, args.device)
+    with disk.reading(path, "classifier"):
+        other = disk.load_checkpoint(path, "classifier")["meta"]["data"]
     if other != data:
         raise SystemExit(f"{path} is the classifier of {other}, not of {data}; move it away")
     return path
@@ -420,12 +111,12 @@ def open_extractor(args, a, b):
     run = a.run or (b and b.run)
     data = run.meta["data"] if run else (b and b.data) or a.data
     path = find_weights(args, run, data)
-    return load_extractor(path, args, args.size or (run and run.size))
+    return features.load_extractor(path, args.resize, args.size or (run and run.size), args.device)
 
 
 def read_npz(path, *names):
     """The arrays of those names in an npz file, as far as it holds them, in a dict."""
-    with dataset.reading(path, "readable npz file"), np.load(path) as file:
+    with disk.reading(path, "readable npz file"), np.load(path) as file:
         return {name: file[name] for name in names if name in file}
 
 
@@ -520,7 +211,7 @@ def reconstruct(pictures, run, tokenizer):
 def load_statistics(path, extractor):
     """The statistics in an npz file, as of `measure`. SystemExit if they are of other features."""
     saved = read_npz(path, "mu", "sigma", "n", "extractor")
-    with dataset.reading(path, "file of statistics"):
+    with disk.reading(path, "file of statistics"):
         mu = saved["mu"]
         sigma = saved["sigma"]
         if not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
@@ -553,7 +244,7 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
         raise SystemExit(f"{one.what} has {n} pictures, fewer than --count {count}")
     if run:
         note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
-    features = [np.zeros((0, extractor.width), np.float32)]
+    rows = [np.zeros((0, extractor.width), np.float32)]
     logits = []
     skipped = []
     for first in tqdm(range(0, n, args.batch_size), note["source"], unit="batch", leave=False):
@@ -566,18 +257,18 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
                 pictures = reconstruct(pictures, run, tokenizer)
             pictures = crop(pictures, extractor.size).to(args.device)
             some_features, some_logits = extractor(pictures)         # (B, d), (B, K)
-            features.append(some_features.cpu().numpy())
+            rows.append(some_features.cpu().numpy())
             logits.append(some_logits.cpu().numpy())
 
-    features = np.concatenate(features).astype(np.float64)           # (n, d)
-    n, d = features.shape
+    rows = np.concatenate(rows).astype(np.float64)                   # (n, d)
+    n, d = rows.shape
     if n <= (1 if args.force else d):
         raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} "
                          f"features; take more than {d}, or with --force at least 2")
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
     if n >= 10:
         note[extractor.score] = inception_score(np.concatenate(logits))
-    return dict(mu=features.mean(0), sigma=np.cov(features, rowvar=False), n=n, note=note)
+    return dict(mu=rows.mean(0), sigma=np.cov(rows, rowvar=False), n=n, note=note)
 
 
 def compare(a, b):
@@ -644,12 +335,12 @@ def write_report(measured, reference, extractor, args, start):
     if args.save_stats:
         a = measured[0]
         stats = dict(mu=a["mu"], sigma=a["sigma"], n=a["n"], extractor=extractor.name)
-        dataset.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
+        disk.write_whole(args.save_stats, lambda file: np.savez(file, **stats))
     report = dict(metric=extractor.metric, extractor=extractor.about, reference=about_b,
                   results=results, device=args.device, seconds=round(time.time() - start, 1),
                   date=time.strftime("%Y-%m-%d %H:%M:%S"))
     if args.json:
-        dataset.write_json(args.json, report)
+        disk.write_json(args.json, report)
     else:
         print(json.dumps(report, indent=1))
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import backbone
 import dataset
+import disk
 import mixing
 import tokenizers
 import train
@@ -203,7 +204,7 @@ def describe_run(args, shared, run, tokens, prior):
         sampling=SAMPLING[args.preset], shared=relative(shared),
         files=dict(vae=(place("vae", args.vae), made_from["vae"]),
                    vq=(place("vq", args.vq), made_from["vq"]),
-                   prior=(place("prior", args.prior), dataset.fingerprint(prior))))
+                   prior=(place("prior", args.prior), disk.fingerprint(prior))))
 
 
 def describe_official(model):
@@ -235,7 +236,7 @@ class System:
         model, checkpoint = backbone.load_model(self.path, "mixar")
         # autocast keeps its copy of a weight in bf16 only while the weight requires a gradient
         self.model = model.to(self.device).requires_grad_(True)
-        with dataset.reading(self.path, "checkpoint of a run"):
+        with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(checkpoint["step"])
             self.meta = checkpoint["meta"]
             if self.meta is None:
@@ -271,7 +272,7 @@ class System:
         if not source:
             return None
         part, _ = backbone.load_model(source, kind)
-        found = dataset.fingerprint(part)
+        found = disk.fingerprint(part)
         may_differ = expected is None or (kind == "prior" and given)
         if found != expected and not may_differ:
             raise SystemExit(f"{source}: {self.path} was trained with the {kind} {expected}, "
@@ -365,7 +366,7 @@ def tile(images, columns):
 
 
 def save_png(image, path):
-    dataset.write_whole(path, lambda file: image.save(file, "png"))
+    disk.write_whole(path, lambda file: image.save(file, "png"))
 
 
 def double(image):
@@ -434,7 +435,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
         mixed = torch.where(masked, discrete, continuous)
         frames.append(double(tile(mixed, columns)))
     times = [300] * (len(frames) - 1) + [2000]                               # milliseconds
-    dataset.write_whole(path, lambda file: frames[0].save(
+    disk.write_whole(path, lambda file: frames[0].save(
         file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0))
 
 
@@ -461,8 +462,8 @@ def begin_folder(folder, system, args):
     settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
     pictures = list(folder.glob("*.png"))
     if pictures:
-        dataset.check_same(folder, dataset.read_json(note), settings)
-    dataset.write_json(note, settings)
+        disk.check_same(folder, disk.read_json(note), settings)
+    disk.write_json(note, settings)
     more = len(pictures) - args.count
     if more > 0:
         print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
@@ -512,12 +513,12 @@ def pack(folder, count, out, columns):
     files = [png(folder, i) for i in range(count)]
     pictures = []
     for file in files:
-        with dataset.reading(file, "picture; remove it to make it again"):
+        with disk.reading(file, "picture; remove it to make it again"):
             pictures.append(np.asarray(Image.open(file)))
-    with dataset.reading(folder, "folder of samples of one size; remove it"):
+    with disk.reading(folder, "folder of samples of one size; remove it"):
         pictures = np.stack(pictures)
     if out.suffix == ".npz":
-        dataset.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
+        disk.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
     else:
         save_png(tile(torch.tensor(pictures).permute(0, 3, 1, 2), columns), out)
     for file in files:
@@ -632,7 +633,7 @@ def write_out(system, out, labels, columns, args):
     if files and "settings.json" not in files:
         raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
                          "choose another --out")
-    with dataset.locked(folder) if rank == 0 else nullcontext():
+    with disk.locked(folder) if rank == 0 else nullcontext():
         sample_folder(system, folder, labels, args, held_out)
         if rank == 0 and out.suffix:
             pack(folder, args.count, out, columns)

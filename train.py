@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import backbone
 import dataset
+import disk
 import mixing
 import tokenizers
 from diffusion_head import T
@@ -423,9 +424,9 @@ def read_stage(args, stage):
     if not stage.path.is_file():
         return None, ""
     recipe = args.recipe[kind]
-    saved = backbone.load_checkpoint(stage.path, kind)
+    saved = disk.load_checkpoint(stage.path, kind)
     kept = stage.made_from | dict(config=stage.config)
-    with dataset.reading(stage.path, f"{kind} checkpoint that fits this run"):
+    with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
         old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         old["seed"] = saved["settings"]["seed"]
@@ -433,12 +434,12 @@ def read_stage(args, stage):
         if not finished_for_good:
             # they decide about the pictures in each batch
             kept = kept | dict(seed=args.seed, batch=recipe["batch"])
-        dataset.check_same(stage.path, saved["settings"], kept)
+        disk.check_same(stage.path, saved["settings"], kept)
     if finished_for_good and step < recipe["steps"]:
         raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
                          f"is not trained on: choose another --runs, or --{kind}-steps {step}")
     new = dict(recipe, amp=args.amp, seed=args.seed)
-    changes = ", ".join(dataset.differences(old, new))
+    changes = ", ".join(disk.differences(old, new))
     return saved, f" (begun with {changes})" if changes else ""
 
 
@@ -485,8 +486,8 @@ class State:
 
     def start_from(self, path):
         """Begin with --init: train on where another run has ended, or from an official MAR."""
-        saved = backbone.load_checkpoint(path, "mixar")
-        with dataset.reading(path, "mixar checkpoint that fits this run"):
+        saved = disk.load_checkpoint(path, "mixar")
+        with disk.reading(path, "mixar checkpoint that fits this run"):
             if "kind" in saved:
                 self.load(saved)
                 self.before += self.step
@@ -517,7 +518,7 @@ class State:
             args=vars(self.args), step=self.step, ema_start=self.before,
             model=self.model.state_dict(), ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict())
-        dataset.write_whole(stage.path, partial(torch.save, saved))
+        disk.write_whole(stage.path, partial(torch.save, saved))
 
 
 class Log:
@@ -532,7 +533,7 @@ class Log:
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
         head = "step,loss,lr,grad_norm,images_per_second,seconds"
         text = "\n".join([head, *rows]) + "\n"
-        dataset.write_whole(path, lambda file: file.write(text.encode()))
+        disk.write_whole(path, lambda file: file.write(text.encode()))
         self.file = path.open("a", buffering=1)                              # row by row
         self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
         self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
@@ -590,11 +591,11 @@ def fit(args, stage):
     rank, _ = world()
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
-    with dataset.locked(stage.folder) if rank == 0 else nullcontext():
+    with disk.locked(stage.folder) if rank == 0 else nullcontext():
         saved, begun = read_stage(args, stage)
         state = State(args, stage)
         if saved:
-            with dataset.reading(stage.path, f"{kind} checkpoint that fits this run"):
+            with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
             say(f"{kind}: {state.step} of {steps} steps are done{begun}")
         elif kind == "mixar" and args.init:
@@ -706,8 +707,8 @@ def skipped_before(folder, kind):
     """The names of the unreadable pictures that the tokenizer in `folder` was trained without."""
     if not (folder / "last.pt").is_file():
         return []
-    saved = backbone.load_checkpoint(folder, kind)
-    with dataset.reading(folder / "last.pt", f"{kind} checkpoint"):
+    saved = disk.load_checkpoint(folder, kind)
+    with disk.reading(folder / "last.pt", f"{kind} checkpoint"):
         return list(saved["meta"].get("skipped", []))
 
 
@@ -744,11 +745,11 @@ def train_mixar(args, shared, run, tokens):
         say(f"the classes of {prior_file} have no names: its first is taken to be "
             f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
     else:
-        with dataset.reading(prior_file, "prior checkpoint"):
+        with disk.reading(prior_file, "prior checkpoint"):
             was = saved["meta"]["tokens"]
             # a given prior may have seen other pictures, but its bits must mean the same
             was = dict(vq=was["vq"]) if args.prior else was
-        dataset.check_same(prior_file, was, tokens.made_from)
+        disk.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
 
@@ -800,7 +801,7 @@ def check_flags_in_advance(args, shared, run, classes):
         if not file:
             continue
         # an official file has no config
-        config = backbone.load_checkpoint(file, kind).get("config", {})
+        config = disk.load_checkpoint(file, kind).get("config", {})
         backbone.check_equal(file, "classes", config.get("classes", classes), classes)
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
@@ -840,7 +841,7 @@ def train_stages(args):
     if world()[0] == 0:
         vae.to(args.device)
         vq.to(args.device)
-        with dataset.locked(shared / "tokens"):
+        with disk.locked(shared / "tokens"):
             dataset.cache_tokens(shared / "tokens", source, vae, vq, args.device)
     barrier()
     if args.stage == "cache":

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbone
-import fid
+import features
 import mixing
 import sample
 import train
@@ -165,7 +165,7 @@ def bench_maskbit():
 @torch.no_grad()
 def bench_inception():
     """Features of 256 x 256 pictures."""
-    model = fid.Inception().eval()
+    model = features.Inception().eval()
 
     def features(amp, B):
         model(torch.randint(0, 256, (B, 3, 256, 256), dtype=torch.uint8))

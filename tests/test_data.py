@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import dataset
+import disk
 import tokenizers
 from backbone import PRESETS
 
@@ -116,7 +117,7 @@ def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
     """An unreadable picture is tried again as long as the cache is not complete."""
     source = shapes(20)
     read = source.read
-    write_json = dataset.write_json
+    write_json = disk.write_json
 
     def broken_disk(i):
         return "a broken disk" if i == 7 else read(i)
@@ -552,9 +553,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
 
     path = tmp_path / "file"
-    dataset.write_whole(path, lambda file: file.write(b"whole"))
+    disk.write_whole(path, lambda file: file.write(b"whole"))
     with pytest.raises(KeyboardInterrupt):
-        dataset.write_whole(path, stopped)
+        disk.write_whole(path, stopped)
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -563,15 +564,15 @@ def test_a_folder_is_locked_against_a_second_program(tmp_path):
     """The lock ends with the program, however it ends, and what a killed one left is removed."""
     leftover = tmp_path / ".last.pt.99.unfinished"
     leftover.write_bytes(b"half")
-    with dataset.locked(tmp_path):
+    with disk.locked(tmp_path):
         assert not leftover.exists()
         with pytest.raises(SystemExit, match="another program is writing into this folder"):
-            with dataset.locked(tmp_path):
+            with disk.locked(tmp_path):
                 pass
     with pytest.raises(KeyboardInterrupt):
-        with dataset.locked(tmp_path):
+        with disk.locked(tmp_path):
             raise KeyboardInterrupt
-    with dataset.locked(tmp_path):
+    with disk.locked(tmp_path):
         pass
 
 
@@ -582,20 +583,20 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 
     (tmp_path / "file").write_bytes(b"whole")
     with pytest.raises(SystemExit, match="note.json cannot be written: .*exists"):
-        dataset.write_json(tmp_path / "file" / "note.json", {})
+        disk.write_json(tmp_path / "file" / "note.json", {})
     with pytest.raises(SystemExit, match="last.pt cannot be written: no space left"):
-        dataset.write_whole(tmp_path / "last.pt", full_disk)
+        disk.write_whole(tmp_path / "last.pt", full_disk)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_links_are_written_through_and_devices_are_not_replaced(tmp_path):
     target = tmp_path / "target"
     (tmp_path / "link").symlink_to(target)
-    dataset.write_whole(tmp_path / "link", lambda file: file.write(b"whole"))
+    disk.write_whole(tmp_path / "link", lambda file: file.write(b"whole"))
     assert target.read_bytes() == b"whole" and (tmp_path / "link").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit, match="pipe cannot be written: there is something that is no"):
-        dataset.write_whole(tmp_path / "pipe", lambda file: file.write(b"whole"))
+        disk.write_whole(tmp_path / "pipe", lambda file: file.write(b"whole"))
     assert (tmp_path / "pipe").is_fifo()
 
 
@@ -607,7 +608,7 @@ def test_links_are_written_through_and_devices_are_not_replaced(tmp_path):
 ])
 def test_what_cannot_be_read_is_one_line(error, reason):
     with pytest.raises(SystemExit) as stopped:
-        with dataset.reading("last.pt", "checkpoint"):
+        with disk.reading("last.pt", "checkpoint"):
             raise error
     line = f"last.pt: not a checkpoint: {reason}" if reason else "its own line"
     assert str(stopped.value) == line
@@ -620,9 +621,9 @@ def test_only_what_differs_is_named():
     """
     was = dict(seed=0, batch=32, config=dict(width=8, mult=[1, 2]), tokens=None, old=1)
     now = dict(seed=0, batch=64, config=dict(width=16, mult=(1, 2)), other=None)
-    assert dataset.check_same("last.pt", was, dict(was)) is None
+    assert disk.check_same("last.pt", was, dict(was)) is None
     with pytest.raises(SystemExit) as stopped:
-        dataset.check_same("last.pt", was, now)
+        disk.check_same("last.pt", was, now)
     assert str(stopped.value) == (
         "last.pt was made with batch 32, not 64; width 8, not 16: "
         "choose another --runs or --out folder, or remove it")
@@ -667,11 +668,11 @@ def test_a_cache_that_would_not_fit_is_one_line_before_it_is_begun(tmp_path, mon
 def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
     """All pictures may be done although the mean is still missing."""
     dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
-    meta = dataset.read_json(tmp_path / "meta.json")
+    meta = disk.read_json(tmp_path / "meta.json")
     stopped = {key: meta[key] for key in ("made_from", "classes", "skipped")}
-    dataset.write_json(tmp_path / "meta.json", stopped)
+    disk.write_json(tmp_path / "meta.json", stopped)
     dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
-    assert dataset.read_json(tmp_path / "meta.json") == meta
+    assert disk.read_json(tmp_path / "meta.json") == meta
 
 
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):

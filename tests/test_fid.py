@@ -20,6 +20,8 @@ from PIL import Image
 
 import backbone
 import dataset
+import disk
+import features
 import fid
 import golden
 import sample
@@ -128,7 +130,7 @@ def test_inception_score_counts_certain_and_balanced_classes():
 
 @pytest.fixture(scope="module")
 def inception():
-    return golden.fill(fid.Inception()).requires_grad_(False)
+    return golden.fill(features.Inception()).requires_grad_(False)
 
 
 def blocks_and_noise(seed, S):
@@ -233,17 +235,14 @@ def small_file(path, layout):
     return path
 
 
-def options(resize="torch-fidelity"):
-    return SimpleNamespace(resize=resize, device="cpu")
-
-
 @pytest.mark.parametrize(
     "name", ["inception_fid", "inception_torch_fidelity", "inception_released_file"]
 )
 def test_inception_loads_the_official_layouts(tmp_path, name):
     """Files with and without num_batches_tracked give the model all its other parameters."""
     layout = golden.layout(name, "layouts")
-    model = fid.load_extractor(small_file(tmp_path / "w.pth", layout), options(), 299)
+    path = small_file(tmp_path / "w.pth", layout)
+    model = features.load_extractor(path, "torch-fidelity", 299, "cpu")
     state = model.state_dict()
     assert {k: list(v.shape) for k, v in state.items() if k in layout} == layout
     assert all((v == 1).all() for k, v in state.items() if not k.endswith("num_batches_tracked"))
@@ -269,7 +268,7 @@ def test_other_files_than_inception_are_refused_in_one_line(tmp_path):
     ]
     for path, line in cases:
         with pytest.raises(SystemExit, match=line) as error:
-            fid.load_extractor(path, options(), 299)
+            features.load_extractor(path, "torch-fidelity", 299, "cpu")
         assert "\n" not in str(error.value)
 
 
@@ -278,12 +277,12 @@ def test_only_the_released_file_gives_fid(tmp_path, monkeypatch):
     layout = golden.layout("inception_released_file", "layouts")
     path = small_file(tmp_path / "w.pth", layout)
     digits = hashlib.sha256(path.read_bytes()).hexdigest()
-    other = fid.load_extractor(path, options(), 299).metric
+    other = features.load_extractor(path, "torch-fidelity", 299, "cpu").metric
     assert "not FID" in other
     assert digits[:16] in other
-    monkeypatch.setattr(fid, "HASH", digits[:8])
+    monkeypatch.setattr(features, "HASH", digits[:8])
     for resize in ("torch-fidelity", "pytorch-fid"):
-        assert fid.load_extractor(path, options(resize), 299).metric == "FID"
+        assert features.load_extractor(path, resize, 299, "cpu").metric == "FID"
 
 
 def test_released_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
@@ -300,7 +299,7 @@ def test_released_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
         Path(file).write_text("weights")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert fid.released_weights() == fid.released_weights() == path
+    assert features.released_weights() == features.released_weights() == path
     assert calls == [(path.name, "6726825d")]
     path.unlink()
     for error in (urllib.error.URLError("no route"), RuntimeError("invalid hash value")):
@@ -310,7 +309,7 @@ def test_released_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
         line = f"{path}: no such file, and https://.*(no route|invalid hash).*--features"
         with pytest.raises(SystemExit, match=line) as found:
-            fid.released_weights()
+            features.released_weights()
         assert "\n" not in str(found.value)
 
 
@@ -372,7 +371,7 @@ def write_run(root):
             parameter.data += 0.1 * torch.randn_like(parameter)
     files = {}
     for kind in ("vae", "vq", "prior"):
-        files[kind] = (f"../colours/{kind}", dataset.fingerprint(models[kind]))
+        files[kind] = (f"../colours/{kind}", disk.fingerprint(models[kind]))
     meta = dict(shared="../colours", classes=list("abc"), data=str(root / "colours"), files=files,
                 latent_mean=[0.0] * 4, latent_std=[1.0] * 4, sampling=SETTINGS)
     for kind, model in models.items():
@@ -396,7 +395,7 @@ def world(tmp_path_factory):
     np.savez(root / "samples.npz", arr_0=blobs(200, 1))
     write_idx(root / "idx")
     torch.manual_seed(0)
-    model = fid.Classifier(3, SIZE).state_dict()
+    model = features.Classifier(3, SIZE).state_dict()
     config = dict(classes=3, size=SIZE)
     saved = dict(kind="classifier", config=config, model=model, meta=dict(data="colours"))
     torch.save(saved, root / "features.pt")
@@ -454,11 +453,11 @@ def test_the_embedded_set_and_idx_files_give_their_held_out_pictures(measured):
 def test_distance_and_score_are_those_of_the_features_of_all_pictures(world, measured):
     """The whole path agrees with plain NumPy; the batch size does not divide the pictures."""
     result = measured("samples.npz", "idx", "--batch-size", "64")["results"][0]
-    model = fid.load_extractor(world / "features.pt", options(), None)
+    model = features.load_extractor(world / "features.pt", "torch-fidelity", None, "cpu")
     test = dataset.open_source(str(world / "idx"), "test", SIZE, None)
-    features, logits = model(channels_first(blobs(200, 1)))
+    ours, logits = model(channels_first(blobs(200, 1)))
     others, _ = model(torch.tensor(np.stack([test.read(i) for i in range(160)])))
-    expected = fid.frechet_distance(*moments(features.numpy()), *moments(others.numpy()))
+    expected = fid.frechet_distance(*moments(ours.numpy()), *moments(others.numpy()))
     assert result["frechet_distance"] == pytest.approx(expected, rel=1e-5)
     score = fid.inception_score(logits.numpy())
     assert result["classifier_score"] == pytest.approx(score, rel=1e-6)
@@ -550,11 +549,11 @@ def released(inception, tmp_path, monkeypatch):
         return float(np.square(mu1 - mu2).sum())
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    path = tmp_path / "checkpoints" / Path(fid.URL).name
+    path = tmp_path / "checkpoints" / Path(features.URL).name
     path.parent.mkdir()
     state = inception.state_dict()
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
-    monkeypatch.setattr(fid, "HASH", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(features, "HASH", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     monkeypatch.setattr(fid, "frechet_distance", of_means)
     return path
 
@@ -677,8 +676,8 @@ def test_the_classifier_is_trained_once_beside_the_shared_models(world, measured
 
     The classifier of another data set of that name is refused.
     """
-    short = functools.partial(fid.train_classifier, steps=30, B=30)
-    monkeypatch.setattr(fid, "train_classifier", short)
+    short = functools.partial(features.train_classifier, steps=30, B=30)
+    monkeypatch.setattr(features, "train_classifier", short)
     path = world / "runs" / "colours" / "classifier.pt"
     first = measured(RUN, "flat", "--count", "150", features=False)["extractor"]
     assert first["held_out_accuracy"] == 1
@@ -769,7 +768,7 @@ def test_what_is_measured_is_not_written_over(world, measured):
 def test_a_classifier_needs_two_classes(tmp_path):
     write_pngs(blobs(20), tmp_path / "one" / "only")
     with pytest.raises(SystemExit, match="one has one class.*--features"):
-        fid.train_classifier(tmp_path / "c.pt", str(tmp_path / "one"), SIZE, "cpu")
+        features.train_classifier(tmp_path / "c.pt", str(tmp_path / "one"), SIZE, "cpu")
 
 
 def test_a_run_is_not_written_over_by_a_report(world, runs):

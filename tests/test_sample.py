@@ -17,6 +17,7 @@ from PIL import Image
 
 import backbone
 import dataset
+import disk
 import running
 import sample
 import tokenizers
@@ -186,7 +187,7 @@ def start_three_times(rank, folder, run):
     second.png: all pictures are there
     """
     torch.set_num_threads(1)
-    shipped_write = dataset.write_whole
+    shipped_write = disk.write_whole
     shipped_sample = sample.System.sample
     note = folder / "late.png.parts" / "settings.json"
 
@@ -207,10 +208,10 @@ def start_three_times(rank, folder, run):
             sample.main(sampling(run, folder / name, *flags))
 
     start("six", *SIX, "--batch-size", 2)
-    dataset.write_whole = write_late
+    disk.write_whole = write_late
     sample.System.sample = sample_late
     start("late.png", "--count", 4)
-    dataset.write_whole = shipped_write
+    disk.write_whole = shipped_write
     sample.System.sample = None
     start("second.png", "--count", 4)
 
@@ -318,7 +319,7 @@ def test_a_damaged_picture_of_a_stopped_command_is_one_line(runs, tmp_path):
 
 
 def test_a_second_program_on_the_same_output_is_told_so(runs, tmp_path):
-    with dataset.locked(tmp_path / "s.png.parts"):
+    with disk.locked(tmp_path / "s.png.parts"):
         with pytest.raises(SystemExit, match="parts: another program is writing into this folder"):
             sample.main(sampling(runs / "shapes-dcmix", tmp_path / "s.png", "--count", 2))
 

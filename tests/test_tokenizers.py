@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 import dataset
+import disk
 import golden
 import sample
 import tokenizers
@@ -243,7 +244,7 @@ def test_official_files_need_no_weights_of_training_alone():
     state["foundation_model.model.cls_token"] = torch.zeros(3)
     state["linear_proj.weight"] = torch.zeros(3)
     vae = tokenizers.KLVAE.from_official(state)
-    assert dataset.fingerprint(vae) == dataset.fingerprint(tiny_vae())
+    assert disk.fingerprint(vae) == disk.fingerprint(tiny_vae())
 
 
 @pytest.mark.parametrize("cls, name", [

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbone
 import dataset
+import disk
 import golden
 import running
 import sample
@@ -631,12 +632,12 @@ def test_what_others_were_made_with_is_never_trained_on(runs, tmp_path):
     """
     shutil.copytree(runs, tmp_path / "runs")
     arguments = ["--runs", str(tmp_path / "runs"), *SMALL, "--steps", "4"]
-    before = dataset.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
+    before = disk.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
     for kind in ("vae", "vq", "prior"):
         words = f"{kind}/last.pt is finished after 2 steps, not 3, and is not trained on"
         with pytest.raises(SystemExit, match=words):
             train.main([*arguments, f"--{kind}-steps", "3"])
-    after = dataset.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
+    after = disk.fingerprint(backbone.load_model(tmp_path / "runs/shapes/vae", "vae")[0])
     assert before == after
     assert weights(tmp_path / "runs" / "shapes-dcmix", "step") == 2
 
@@ -736,7 +737,7 @@ def test_runs_are_never_written_into_the_data(tmp_path, flags):
 
 
 def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
-    with dataset.locked(tmp_path / "run"):
+    with disk.locked(tmp_path / "run"):
         with pytest.raises(SystemExit, match="run: another program is writing into this folder"):
             train.main(mixar(runs, tmp_path / "run", "--steps", 1))
 
@@ -847,7 +848,7 @@ def test_the_token_cache_is_made_in_fp32(runs, tmp_path):
 
 def test_a_run_knows_the_statistics_of_its_latents(runs):
     """sample.py multiplies x_c by the deviation and adds the mean that the cache holds."""
-    cache = dataset.read_json(runs / "shapes" / "tokens" / "meta.json")
+    cache = disk.read_json(runs / "shapes" / "tokens" / "meta.json")
     meta = weights(runs / "shapes-dcmix", "meta")
     assert meta["latent_mean"] == cache["mean"]
     assert meta["latent_std"] == cache["std"]

@@ -1,0 +1,146 @@
+"""One rule for reading a file, and one for writing it.
+
+Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
+do. A file is written whole or not at all, and never by two programs at once.
+
+Reads no other file of this folder. Feeds dataset.py, backbone.py, train.py, sample.py and fid.py.
+With the paper open it can be skipped. Read dataset.py next, or mixing.py.
+Try: echo nothing > no.pt && python sample.py no.pt
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def reading(path, what):
+    """Whatever goes wrong inside ends the program with one line: PATH: not a WHAT: reason."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"missing {reason}"
+        if len(reason) > 300:
+            reason = reason[:300] + " ..."
+        raise SystemExit(f"{path}: not a {what}: {reason}") from None
+
+
+def differences(was, now):
+    """A text for every entry in which two dicts differ, also in dicts within them.
+
+    An entry that only one of them has is not compared: files of earlier versions have fewer.
+    """
+    for name in was:
+        old, new = was[name], now.get(name, was[name])
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield f"{name} {old}, not {new}"
+
+
+def check_same(path, was, now):
+    """SystemExit naming what differs between two dicts that say how `path` was made."""
+    # Tuples become lists, as in files.
+    different = "; ".join(sorted(differences(*json.loads(json.dumps([was, now])))))
+    if different:
+        raise SystemExit(f"{path} was made with {different}: choose another --runs or --out "
+                         "folder, or remove it")
+
+
+@contextmanager
+def locked(folder):
+    """Inside, no other program may write into `folder`. SystemExit if one is writing there.
+
+    The system takes the lock back when a program ends in any way. What a killed one left behind
+    half written is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder}: another program is writing into this folder; wait for "
+                             "its end or choose another --runs or --out") from None
+        for leftover in folder.glob(".*.unfinished"):
+            leftover.unlink()
+        yield
+
+
+def write_whole(path, write):
+    """Write a file by write(file), whole or not at all. SystemExit where it cannot be written."""
+    # the file that a link names is written, not the link
+    path = Path(path).resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("there is something that is no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    # On a full disk torch.save raises a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} cannot be written: {error}") from None
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def read_json(path):
+    """The dict that write_json wrote, or {} if there is no such file."""
+    with reading(path, "readable note; remove it"):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def fingerprint(module):
+    """16 hexadecimal digits that tell the weights of a module from others."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_checkpoint(path, kind):
+    """The dict in the file `path`, read without running any code in it.
+
+    path: a file, or a folder with last.pt
+    kind: "vae", "vq", "prior", "mixar" or "classifier"
+    SystemExit if there is no such file, if it is damaged or if train.py saved another kind in it.
+    """
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
+    with reading(path, f"{kind} checkpoint"):
+        # MAR's files also hold their flags
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = zipfile.is_zipfile(path)
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            except pickle.UnpicklingError as error:
+                found = re.search(r"GLOBAL (\S+)", str(error))
+                if not found:
+                    raise ValueError("it is no file of weights") from None
+                raise ValueError(f"it holds a {found[1]}, which could run code when loaded; if you "
+                                 "trust it, load it with weights_only=False and save its "
+                                 "state_dict alone") from None
+        found = saved.get("kind", kind)
+        if found != kind:
+            raise ValueError(f"it is a {found} checkpoint")
+    return saved
