@@ -5,8 +5,8 @@ dcsa (discrete tokens as a prefix) and dcca (cross-attention to them). `MaskBitP
 of Eqs. (3) and (4), and g_M of Eq. (11). The rest is sizes and the loading of checkpoints. Our
 parameters are named as in the official models, so that their files load.
 
-Reads tokenizers.py, mixing.py and diffusion_head.py. Feeds train.py and sample.py.
-Read train.py next.
+Reads disk.py, tokenizers.py, mixing.py and diffusion_head.py. Feeds checkpoint.py, train.py and
+sample.py. Read train.py next.
 Try: python backbone.py          (parameters and tokens beside the paper's Tables 1 and 2)
 
 B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True: to predict.

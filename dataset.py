@@ -5,7 +5,7 @@ writes x_c and x_d of all pictures, and training reads them by `Tokens`.
 
 n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
 Reads disk.py, tokenizers.py and picture files. Feeds train.py, sample.py and fid.py.
-Read mixing.py next.
+With the paper open it can be skipped.
 Try: python train.py --data DIR --stage cache
 """
 import colorsys

@@ -3,8 +3,8 @@
 Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
 do. A file is written whole or not at all, and never by two programs at once.
 
-Reads no other file of this folder. Feeds dataset.py, backbone.py, train.py, sample.py and fid.py.
-With the paper open it can be skipped. Read dataset.py next, or mixing.py.
+Reads no other file of this folder. Feeds all that read or write files.
+With the paper open it can be skipped.
 Try: echo nothing > no.pt && python sample.py no.pt
 """
 import argparse

@@ -3,8 +3,9 @@
 `Inception` is the network of FID. `Classifier` is small and is trained here, on the pictures of a
 data set; a distance on its features is never called FID. `load_extractor` opens either.
 
-Reads dataset.py, disk.py and train.py (its precision). Feeds fid.py, which is next.
-With the paper open it can be skipped. Try: python fid.py runs/shapes-dcmix shapes
+Reads dataset.py, disk.py and train.py (its precision). Feeds fid.py.
+With the paper open it can be skipped.
+Try: python fid.py runs/shapes-dcmix shapes
 
 B batch, d features, K classes. Pictures are uint8.
 """

@@ -4,7 +4,7 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i).
 
-Reads the files above it and the checkpoints of train.py. Feeds fid.py. Read fid.py next.
+Reads the models, dataset.py, and the checkpoints of train.py. Feeds fid.py, which is next.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to predict.

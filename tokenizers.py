@@ -4,7 +4,7 @@
 tokens are bits. Both load the official files.
 
 B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads no other file. Feeds all others but diffusion_head.py. Read dataset.py next, or mixing.py.
+Reads no other file. Feeds all that handle tokens. Read mixing.py next.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
 Run from this folder, this module shadows the Hugging Face package of the same name.
 """

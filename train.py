@@ -6,7 +6,8 @@
 Stages vae to prior lie in runs/DATA for all guidances, stage mixar in runs/DATA-GUIDANCE. A stopped
 run goes on where it was. torch.distributed and AMP are in this file, too.
 
-Reads all files above it, writes runs/. Read `mixar_loss` first, then `fit`, then sample.py.
+Reads all files but features.py and fid.py, writes runs/. Read `mixar_loss` first, then `fit`, then
+sample.py.
 Try: torchrun train.py --guidance dcmix
 
 B global batch, N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
@@ -18,9 +19,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,10 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import backbone
+import checkpoint
 import dataset
 import disk
 import mixing
@@ -41,8 +39,6 @@ from diffusion_head import T
 
 LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
-EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
-LOG_EVERY = 10               # steps between rows of log.csv
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
 
@@ -314,252 +310,6 @@ def step_batches(args, get_batch, n, B, step, parts):
     return batches
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
-    warmup = recipe["warmup"]
-    if warmup < 1:
-        warmup *= recipe["steps"]
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
-    if recipe["anneal"]:
-        # a run that --init trains on keeps the last rate of the run before it
-        progress = min(step / recipe["steps"], 1)
-        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
-    return rate
-
-
-def orthogonal(g):
-    """About U V^T for a matrix g = U S V^T, by five Newton-Schulz steps.   [Muon]"""
-    wide = g if len(g) <= g.shape[1] else g.T
-    x = nn.functional.normalize(wide, dim=(0, 1))
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide is g else x.T
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
-
-    The entries of such an update are as large as AdamW's, so that both take the same rate.
-    torch.optim.Muon computes in bf16, which takes a second a step on CPUs without it.
-
-    matrices: the set of these parameters; kernels of convolutions are taken as matrices
-    amp: precision of the matrix products
-    """
-
-    def __init__(self, groups, matrices, amp, **settings):
-        super().__init__(groups, **settings)
-        self.matrices = matrices
-        self.amp = amp
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in self.matrices.intersection(group["params"]):
-                if p not in self.state:
-                    # named as AdamW's, which must find a step
-                    self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-                with autocast(self.amp, p.device):
-                    direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(direction.shape) ** 0.5
-                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
-                # AdamW then leaves it alone
-                p.grad = None
-        super().step()
-
-
-def make_optimizer(model, recipe, amp):
-    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]
-
-    With `muon`, the matrices of all blocks get Muon's updates, also those of the head.   [ours]
-    """
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
-    others = [p for name, p in named if p.ndim <= 1 or "diffloss" in name]
-    groups = [dict(params=decayed, weight_decay=recipe["decay"]),
-              dict(params=others, weight_decay=0.0)]
-    settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
-    if not recipe["muon"]:
-        return torch.optim.AdamW(groups, **settings)
-    blocks = ("blocks.", "layers.", "block.")
-    matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
-    return Muon(groups, matrices, amp, **settings)
-
-
-def update_ema(ema, model, n, decay=EMA_DECAY):
-    """Update n (from 0) of the moving average. The first ones forget the start faster.   [ours]"""
-    average = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
-    average(list(ema.parameters()), list(model.parameters()), n)
-
-
-@dataclass
-class Stage:
-    """What a stage trains, and what on."""
-
-    kind: str                          # "vae", "vq", "prior" or "mixar"
-    folder: Path                       # where its checkpoint lies, last.pt
-    config: dict                       # the arguments of its model
-    made_from: dict                    # its pictures or tokens: they stay once it is begun
-    loss: Callable                     # loss(model, batch, rng, step)
-    n: int = 0                         # how many pictures there are
-    get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
-    preview: Callable = None           # preview(ema) makes pictures of what is saved
-    meta: dict = None                  # what its checkpoint says beside the model, for sample.py
-
-    @property
-    def path(self):
-        return self.folder / "last.pt"
-
-
-def read_stage(args, stage):
-    """The checkpoint of a stage, and a text on how this command differs from the one that began it.
-
-    Returns (None, "") if there is none. SystemExit if the stage was begun with another config or
-    made from something else. SystemExit, too, if a finished tokenizer or prior would have to be
-    trained on, because tokens and runs were made with it.
-    """
-    kind = stage.kind
-    if not stage.path.is_file():
-        return None, ""
-    recipe = args.recipe[kind]
-    saved = disk.load_checkpoint(stage.path, kind)
-    kept = stage.made_from | dict(config=stage.config)
-    with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
-        step = int(saved["step"])
-        old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
-        old["seed"] = saved["settings"]["seed"]
-        finished_for_good = step >= old["steps"] and kind != "mixar"
-        if not finished_for_good:
-            # they decide about the pictures in each batch
-            kept = kept | dict(seed=args.seed, batch=recipe["batch"])
-        disk.check_same(stage.path, saved["settings"], kept)
-    if finished_for_good and step < recipe["steps"]:
-        raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
-                         f"is not trained on: choose another --runs, or --{kind}-steps {step}")
-    new = dict(recipe, amp=args.amp, seed=args.seed)
-    changes = ", ".join(disk.differences(old, new))
-    return saved, f" (begun with {changes})" if changes else ""
-
-
-class State:
-    """A model in training: weights, moving average and optimiser after `step` steps.
-
-    before: how many steps the run had made from which --init started this one
-
-    A checkpoint, last.pt, is a dict of
-        model, ema, optimizer    the weights, their moving average, AdamW's moments
-        step, ema_start          `step` and `before`
-        kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
-        settings                 what a resumed run may not change: config, seed, made_from, ...
-        args                     all flags, with the recipes
-        meta                     what sampling needs, see sample.describe_run
-    """
-
-    def __init__(self, args, stage):
-        self.args = args
-        self.stage = stage
-        self.step = 0
-        self.before = 0
-        torch.manual_seed(args.seed)
-        # convolutions are faster with the channels last
-        model = backbone.KINDS[stage.kind](**stage.config)
-        self.model = model.to(args.device, memory_format=torch.channels_last)
-        if stage.kind == "mixar":
-            self.model.checkpoint_activations = args.checkpoint_activations
-            self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, args.recipe[stage.kind], args.amp)
-
-    def load(self, saved):
-        """Take over everything from a checkpoint of train.py."""
-        for name, module in (("model", self.model), ("ema", self.ema)):
-            tokenizers.check_weights(module, saved[name])
-            module.load_state_dict(saved[name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for p, moments in self.optimizer.state.items():
-            if any(moments[name].shape != p.shape for name in moments if name != "step"):
-                raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
-        self.step = saved["step"]
-        self.before = saved["ema_start"]
-
-    def start_from(self, path):
-        """Begin with --init: train on where another run has ended, or from an official MAR."""
-        saved = disk.load_checkpoint(path, "mixar")
-        with disk.reading(path, "mixar checkpoint that fits this run"):
-            if "kind" in saved:
-                self.load(saved)
-                self.before += self.step
-                self.step = 0
-            else:
-                official, _ = backbone.load_model(path, "mixar")
-                self.model.load_state_dict(official.state_dict())
-                self.ema.load_state_dict(official.state_dict())
-
-    def set_rate(self, step):
-        lr = learning_rate(self.args.recipe[self.stage.kind], step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def save(self):
-        """Write last.pt. SystemExit if the weights are not finite."""
-        stage = self.stage
-        kind = stage.kind
-        for p in self.model.parameters():
-            if not p.isfinite().all():
-                raise SystemExit(f"{kind}: weights are not finite after step {self.step}; lower "
-                                 "--lr. What was saved before is kept")
-        settings = stage.made_from | dict(
-            config=stage.config, seed=self.args.seed, batch=self.args.recipe[kind]["batch"])
-        saved = dict(
-            kind=kind, config=stage.config, settings=settings, meta=stage.meta,
-            args=vars(self.args), step=self.step, ema_start=self.before,
-            model=self.model.state_dict(), ema=self.ema.state_dict(),
-            optimizer=self.optimizer.state_dict())
-        disk.write_whole(stage.path, partial(torch.save, saved))
-
-
-class Log:
-    """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
-
-    def __init__(self, args, stage, step):
-        recipe = args.recipe[stage.kind]
-        path = stage.folder / "log.csv"
-        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        # neither the header nor a torn row
-        rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
-        rows = [row for row in rows if int(row.split(",")[0]) <= step]
-        head = "step,loss,lr,grad_norm,images_per_second,seconds"
-        text = "\n".join([head, *rows]) + "\n"
-        disk.write_whole(path, lambda file: file.write(text.encode()))
-        self.file = path.open("a", buffering=1)                              # row by row
-        self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
-        self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
-                        mininterval=1)
-        self.B = recipe["batch"]
-        self.board = None
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise SystemExit("--tensorboard needs: pip install tensorboard") from None
-            self.board = SummaryWriter(stage.folder)
-
-    def write(self, step, loss, lr, norm):
-        self.bar.update()
-        if step % LOG_EVERY and step < self.bar.total:
-            return
-        self.bar.set_postfix(loss=f"{loss:.4f}")
-        elapsed = self.bar.format_dict["elapsed"]
-        speed = (step - self.bar.initial) * self.B / elapsed
-        seconds = self.seconds + elapsed
-        self.file.write(f"{step},{loss:.6f},{lr:.4g},{norm:.4f},{speed:.1f},{seconds:.2f}\n")
-        if self.board:
-            self.board.add_scalars("train", dict(loss=loss, lr=lr, grad_norm=norm), step)
-
-
 def update(args, ddp, state, batches, stop=False):
     """One step of state.optimizer on the parts [(batch, rng)] of a batch.
 
@@ -582,7 +332,9 @@ def update(args, ddp, state, batches, stop=False):
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        state.optimizer.step()
+        # Muon multiplies matrices
+        with autocast(args.amp, device):
+            state.optimizer.step()
     return loss, norm, stopping > 0
 
 
@@ -592,8 +344,8 @@ def fit(args, stage):
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
     with disk.locked(stage.folder) if rank == 0 else nullcontext():
-        saved, begun = read_stage(args, stage)
-        state = State(args, stage)
+        saved, begun = checkpoint.read_stage(args, stage)
+        state = checkpoint.State(args, stage)
         if saved:
             with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
@@ -618,7 +370,7 @@ def train_steps(args, stage, state):
     # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
     ddp = parallel(Loss(state.model.train(), stage.loss))
-    log = Log(args, stage, state.step) if rank == 0 else None
+    log = checkpoint.Log(args, stage, state.step) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
     received = finish_step_on_signal()
     failed = 0
@@ -631,7 +383,7 @@ def train_steps(args, stage, state):
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
-            update_ema(state.ema, state.model, total_step)
+            checkpoint.update_ema(state.ema, state.model, total_step)
         else:
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and state.step == steps - 1):
@@ -659,7 +411,7 @@ def train_steps(args, stage, state):
 
 def is_done(args, stage):
     """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
-    saved, begun = read_stage(args, stage)
+    saved, begun = checkpoint.read_stage(args, stage)
     recipe = args.recipe[stage.kind]
     done = saved and saved["step"] >= saved["args"]["recipe"][stage.kind]["steps"]
     if done:
@@ -673,11 +425,11 @@ def train_tokenizer(args, shared, kind, source):
 
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    stage = Stage(
+    stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
         config=backbone.PRESETS[args.preset][kind],
-        made_from=dict(pictures=dataset.describe(source, skipped_before(folder, kind))),
+        made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
         loss=vae_loss if kind == "vae" else vq_loss,
     )
     if figure.is_file() and is_done(args, stage):
@@ -703,19 +455,10 @@ def train_tokenizer(args, shared, kind, source):
     fit(args, stage)
 
 
-def skipped_before(folder, kind):
-    """The names of the unreadable pictures that the tokenizer in `folder` was trained without."""
-    if not (folder / "last.pt").is_file():
-        return []
-    saved = disk.load_checkpoint(folder, kind)
-    with disk.reading(folder / "last.pt", f"{kind} checkpoint"):
-        return list(saved["meta"].get("skipped", []))
-
-
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
-    stage = Stage(
+    stage = checkpoint.Stage(
         kind="prior",
         folder=shared / "prior",
         config=config | backbone.PRESETS[args.preset]["prior"],
@@ -764,7 +507,7 @@ def train_mixar(args, shared, run, tokens):
         except torch.OutOfMemoryError:
             print("out of memory: no pictures; sample.py makes them with a lower --batch-size")
 
-    fit(args, Stage(
+    fit(args, checkpoint.Stage(
         kind="mixar",
         folder=run,
         config=config | backbone.PRESETS[args.preset]["mar"],

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbone
+import checkpoint
 import features
 import mixing
 import sample
@@ -98,7 +99,7 @@ def bench_train():
     """Forward, backward, clip, AdamW at mask ratio 0.85 with 4 diffusion draws."""
     model = mar_b().train()
     recipe = dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02, muon=False)
-    optimizer = train.make_optimizer(model, recipe, "fp32")
+    optimizer = checkpoint.make_optimizer(model, recipe)
 
     def step(amp, B):
         args = train.parse(["--amp", amp])

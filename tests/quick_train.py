@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
 import sample
 import train
 
@@ -14,5 +15,5 @@ CHEAP = dict(ar_steps=2, diffusion_steps=2, cfg=1.0, prior_steps=2, prior_cfg=0.
 
 sample.SAMPLING["tiny"] |= CHEAP
 if __name__ == "__main__":
-    train.LOG_EVERY = 1
+    checkpoint.LOG_EVERY = 1
     train.main()

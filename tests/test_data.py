@@ -127,7 +127,7 @@ def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
             write_json(path, meta)
 
     source.read = broken_disk
-    monkeypatch.setattr(dataset, "write_json", write_unless_complete)
+    monkeypatch.setattr(disk, "write_json", write_unless_complete)
     vae, vq = tiny_tokenizers()
     dataset.cache_tokens(tmp_path, source, vae, vq, "cpu")
     assert np.load(tmp_path / "status.npy")[7] == 2

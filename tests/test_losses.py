@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import backbone
+import checkpoint
 import mixing
 import sample
 import tokenizers
@@ -475,7 +476,7 @@ def test_weight_decay_is_on_matrices_outside_the_head():
         head_depth=1, head_width=8, dropout=0.0,
     )
     recipe = dict(lr=1e-3, betas=(0.9, 0.95), decay=0.02, muon=False)
-    decayed_group, free_group = train.make_optimizer(model, recipe, "fp32").param_groups
+    decayed_group, free_group = checkpoint.make_optimizer(model, recipe).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = [names[id(p)] for p in decayed_group["params"]]
     free = [names[id(p)] for p in free_group["params"]]
@@ -508,7 +509,7 @@ def test_a_matrix_is_made_about_orthogonal():
     for rows, columns in ((6, 20), (20, 6)):
         g = torch.randn(rows, columns)
         u, _, v = torch.linalg.svd(g, full_matrices=False)
-        found = train.orthogonal(g)
+        found = checkpoint.orthogonal(g)
         along = u.T @ found @ v.T
         assert (along.diagonal() - 1).abs().max() < 0.35
         assert (along - along.diagonal().diag()).abs().max() < 1e-4
@@ -521,7 +522,7 @@ def test_muon_is_that_of_torch_for_matrices_of_blocks_and_adamw_for_the_rest():
     ours = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Linear(24, 8)]), other=nn.Linear(8, 8)))
     theirs = copy.deepcopy(ours)
     start = copy.deepcopy(ours)
-    optimizer = train.make_optimizer(ours, recipe, "fp32")
+    optimizer = checkpoint.make_optimizer(ours, recipe)
     settings = dict(lr=0.1, weight_decay=0.02)
     muon = torch.optim.Muon([theirs.blocks[0].weight], adjust_lr_fn="match_rms_adamw", **settings)
     adamw = torch.optim.AdamW([theirs.other.weight], betas=(0.9, 0.95), **settings)

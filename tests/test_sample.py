@@ -313,7 +313,7 @@ def test_a_damaged_picture_of_a_stopped_command_is_one_line(runs, tmp_path):
     run = runs / "shapes-dcmix"
     sample.main(sampling(run, tmp_path / "s", "--count", 2))
     (tmp_path / "s").rename(tmp_path / "s.png.parts")
-    (tmp_path / "s.png.parts" / "000001.png").write_bytes(b"")
+    (tmp_path / "s.png.parts" / "000001.png").write_bytes(b"torn")
     with pytest.raises(SystemExit, match="000001.png: not a picture; remove it to make it again"):
         sample.main(sampling(run, tmp_path / "s.png", "--count", 2))
 

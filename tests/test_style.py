@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["tokenizers", "dataset", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
+NAMES = ["tokenizers", "disk", "dataset", "mixing", "diffusion_head", "backbone", "checkpoint",
+         "train", "sample", "features", "fid"]
 CODE = [ROOT / f"{name}.py" for name in NAMES]
 TEXTS = [*CODE, ROOT / "README.md", *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.md")]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)

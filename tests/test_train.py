@@ -19,6 +19,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import backbone
+import checkpoint
 import dataset
 import disk
 import golden
@@ -114,7 +115,7 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
     on after a resume.
     """
     counts = []
-    shipped = train.update_ema
+    shipped = checkpoint.update_ema
 
     def count(ema, model, n):
         counts.append(n)
@@ -123,7 +124,7 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
     # an annealed rate depends on the length of its run
     monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "anneal", False)
     train.main(mixar(runs, tmp_path / "first", "--steps", 2))
-    monkeypatch.setattr(train, "update_ema", count)
+    monkeypatch.setattr(checkpoint, "update_ema", count)
     train.main(mixar(runs, tmp_path / "four", "--steps", 4))
     init = ["--init", tmp_path / "first"]
     train.main(mixar(runs, tmp_path / "two", *init, "--steps", 2))
@@ -140,13 +141,13 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
 
 def test_rate_warms_up_then_stays_or_anneals_to_a_tenth():
     recipe = dict(lr=2.0, warmup=4, steps=100, anneal=False)
-    rates = [train.learning_rate(recipe, step) for step in (0, 1, 3, 99)]
+    rates = [checkpoint.learning_rate(recipe, step) for step in (0, 1, 3, 99)]
     assert rates == [0.5, 1.0, 2.0, 2.0]
     share = recipe | dict(warmup=0.1)
-    assert train.learning_rate(share, 4) == 1.0, "a warm-up below 1 is a share of all steps"
+    assert checkpoint.learning_rate(share, 4) == 1.0, "a warm-up below 1 is a share of all steps"
     annealed = recipe | dict(anneal=True)
-    assert train.learning_rate(annealed, 50) == pytest.approx(1.1)
-    assert train.learning_rate(annealed, 100) == pytest.approx(0.2)
+    assert checkpoint.learning_rate(annealed, 50) == pytest.approx(1.1)
+    assert checkpoint.learning_rate(annealed, 100) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("n, expected", [(0, 0.1), (8, 0.5), (10 ** 6, 0.75)])
@@ -156,7 +157,7 @@ def test_moving_average_warms_up(n, expected):
     model = torch.nn.Linear(1, 1)
     torch.nn.init.ones_(ema.weight)
     torch.nn.init.zeros_(model.weight)
-    train.update_ema(ema, model, n, 0.75)
+    checkpoint.update_ema(ema, model, n, 0.75)
     assert abs(float(ema.weight.detach()) - expected) < 1e-6
 
 
@@ -173,14 +174,14 @@ def test_golden_moving_average():
     model.weight.data[0] = torch.tensor([1.5, -1.5])
     for n in range(1, 12):
         model.weight.data += 0.5
-        train.update_ema(ema, model, n, 0.999)
+        checkpoint.update_ema(ema, model, n, 0.999)
         assert golden.difference(ema.weight.detach()[0], g["ema_trace"][n]) < 1e-6
     decays = dict(zip(g["ema_decay_at_step"].tolist(), g["ema_decay_at"].tolist()))
     decays.pop(1, None)
     for n, decay in decays.items():
         ema.weight.data.fill_(1)
         model.weight.data.zero_()
-        train.update_ema(ema, model, n - 1, 0.999)
+        checkpoint.update_ema(ema, model, n - 1, 0.999)
         assert ema.weight.detach()[0, 0].item() == pytest.approx(decay, abs=1e-6)
 
 
@@ -190,7 +191,7 @@ def test_the_optimiser_follows_the_recipe(runs):
     This holds for the annealed VAE and for MixAR.
     """
     for folder, kind in ((runs / "shapes" / "vae", "vae"), (runs / "shapes-dcmix", "mixar")):
-        rate = train.learning_rate(train.RECIPES["tiny"][kind] | dict(steps=2), 1)
+        rate = checkpoint.learning_rate(train.RECIPES["tiny"][kind] | dict(steps=2), 1)
         for group in weights(folder, "optimizer")["param_groups"]:
             assert group["lr"] == pytest.approx(rate)
 
@@ -245,7 +246,7 @@ def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(
     killed.communicate()
     assert 4 <= weights(resumed, "step") < 14
 
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(checkpoint, "LOG_EVERY", 1)
     train.main(mixar(runs, whole, *flags))
     train.main(mixar(runs, resumed, *flags))
     for key in ("model", "ema"):
@@ -270,14 +271,14 @@ def test_sigterm_saves_and_names_the_checkpoint(runs, tmp_path):
 
 def interrupt_after_first_step(monkeypatch):
     """Ctrl-C comes when the first step has been made."""
-    shipped = train.update_ema
+    shipped = checkpoint.update_ema
 
     def interrupt(ema, model, n):
         shipped(ema, model, n)
         if n == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train, "update_ema", interrupt)
+    monkeypatch.setattr(checkpoint, "update_ema", interrupt)
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(runs, tmp_path, monkeypatch, capsys, no_pictures):
@@ -337,16 +338,16 @@ def test_truncated_last_checkpoint_stops_the_resume_and_is_kept(runs, tmp_path):
 
 def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
     args = train.parse(["--steps", "20"])
-    stage = train.Stage("mixar", tmp_path, {}, {}, None)
-    log = train.Log(args, stage, 0)
+    stage = checkpoint.Stage("mixar", tmp_path, {}, {}, None)
+    log = checkpoint.Log(args, stage, 0)
     for step in range(1, 11):
         log.write(step, 1.0, 1e-3, 1.0)
     with (tmp_path / "log.csv").open("a") as file:
         # what killed processes left
         file.write("15,0.5\n16,0.5,0.001,1.0,9.9,")
-    resumed = train.Log(args, stage, 18)
+    resumed = checkpoint.Log(args, stage, 18)
     assert resumed
-    assert [row["step"] for row in log_rows(tmp_path)] == [str(train.LOG_EVERY)] == ["10"]
+    assert [row["step"] for row in log_rows(tmp_path)] == [str(checkpoint.LOG_EVERY)] == ["10"]
 
 
 # several processes
@@ -553,10 +554,10 @@ def test_recomputed_activations_are_not_kept(tmp_path):
     noise = torch.zeros(1, 400, 8)
     config = dict(N=64, d_c=8, d_d=8, classes=10) | backbone.PRESETS["tiny"]["mar"]
 
-    stage = train.Stage("mixar", tmp_path, config, {}, None)
+    stage = checkpoint.Stage("mixar", tmp_path, config, {}, None)
 
     def numbers_kept(*flags):
-        model = train.State(train.parse(flags), stage).model.train()
+        model = checkpoint.State(train.parse(flags), stage).model.train()
         sizes = {}
 
         def note_size(x):
@@ -686,7 +687,7 @@ def test_every_start_says_how_far_each_stage_is(runs, tmp_path, capsys, no_pictu
         "vae: 2 of 2 steps are done",
         "vq: 2 of 2 steps are done",
         "prior: 2 of 1 steps are done (begun with steps 2, not 1)",
-        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.0006, not 0.001)"]
+        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.005, not 0.001)"]
     train.main(mixar(runs, tmp_path / "other", "--steps", 1, "--seed", 7, "--amp", "bf16"))
     said = capsys.readouterr().out
     assert "vae: 2 of 2 steps are done (begun with amp fp32, not bf16, seed 0, not 7)" in said
@@ -868,11 +869,11 @@ def test_larger_presets_follow_mars_recipe(preset):
     assert recipe["steps"] == 400 * 625 and recipe["batch"] == 2048
     assert recipe["lr"] == pytest.approx(8e-4)
     assert recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02 and recipe["draws"] == 4
-    assert train.CLIP == 3.0 and train.EMA_DECAY == 0.9999 and train.LABEL_DROP == 0.1
+    assert train.CLIP == 3.0 and checkpoint.EMA_DECAY == 0.9999 and train.LABEL_DROP == 0.1
     recipe["steps"] = 1000
-    assert train.learning_rate(recipe, 124) == pytest.approx(4e-4)
-    assert train.learning_rate(recipe, 249) == pytest.approx(8e-4)
-    assert train.learning_rate(recipe, 999) == pytest.approx(8e-4)
+    assert checkpoint.learning_rate(recipe, 124) == pytest.approx(4e-4)
+    assert checkpoint.learning_rate(recipe, 249) == pytest.approx(8e-4)
+    assert checkpoint.learning_rate(recipe, 999) == pytest.approx(8e-4)
 
 
 def test_flags_win_over_the_recipe():
@@ -957,8 +958,8 @@ def test_more_bits_than_channels_is_one_line(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     """A resume names every missing, unexpected and mis-shaped weight, in one line."""
     args = train.parse([])
-    stage = train.Stage("vae", tmp_path, backbone.PRESETS["tiny"]["vae"], {}, None)
-    train.State(args, stage).save()
+    stage = checkpoint.Stage("vae", tmp_path, backbone.PRESETS["tiny"]["vae"], {}, None)
+    checkpoint.State(args, stage).save()
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     del saved["model"]["quant_conv.bias"]
     saved["model"]["other"] = torch.zeros(1)

@@ -1,0 +1,279 @@
+"""A model in training: its stage, optimiser, moving average, checkpoint and log.
+
+`Stage` says what is trained and what on. `State` is what a checkpoint holds, so a stopped run goes
+on from it to the same bits. `make_optimizer` is MAR's AdamW, or Muon for the blocks.
+
+Reads disk.py, tokenizers.py and backbone.py. Feeds train.py.
+With the paper open it can be skipped.
+Try: head runs/shapes-dcmix/log.csv
+"""
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import backbone
+import disk
+import tokenizers
+
+EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
+LOG_EVERY = 10               # steps between rows of log.csv
+
+
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
+    warmup = recipe["warmup"]
+    if warmup < 1:
+        warmup *= recipe["steps"]
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    if recipe["anneal"]:
+        # a run that --init trains on keeps the last rate of the run before it
+        progress = min(step / recipe["steps"], 1)
+        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
+    return rate
+
+
+def orthogonal(g):
+    """About U V^T for a matrix g = U S V^T, by five Newton-Schulz steps.   [Muon]"""
+    wide = g if len(g) <= g.shape[1] else g.T
+    x = nn.functional.normalize(wide, dim=(0, 1))
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is g else x.T
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
+
+    The entries of such an update are as large as AdamW's, so that both take the same rate.
+    torch.optim.Muon computes in bf16, which takes a second a step on CPUs without it.
+
+    matrices: the set of these parameters; kernels of convolutions are taken as matrices
+    """
+
+    def __init__(self, groups, matrices, **settings):
+        super().__init__(groups, **settings)
+        self.matrices = matrices
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in self.matrices.intersection(group["params"]):
+                if p not in self.state:
+                    # named as AdamW's, which must find a step
+                    self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
+                direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(direction.shape) ** 0.5
+                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
+                # AdamW then leaves it alone
+                p.grad = None
+        super().step()
+
+
+def make_optimizer(model, recipe):
+    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]
+
+    With `muon`, the matrices of all blocks get Muon's updates, also those of the head.   [ours]
+    """
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "diffloss" in name]
+    groups = [dict(params=decayed, weight_decay=recipe["decay"]),
+              dict(params=others, weight_decay=0.0)]
+    settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    if not recipe["muon"]:
+        return torch.optim.AdamW(groups, **settings)
+    blocks = ("blocks.", "layers.", "block.")
+    matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
+    return Muon(groups, matrices, **settings)
+
+
+def update_ema(ema, model, n, decay=EMA_DECAY):
+    """Update n (from 0) of the moving average. The first ones forget the start faster.   [ours]"""
+    average = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
+    average(list(ema.parameters()), list(model.parameters()), n)
+
+
+@dataclass
+class Stage:
+    """What a stage trains, and what on."""
+
+    kind: str                          # "vae", "vq", "prior" or "mixar"
+    folder: Path                       # where its checkpoint lies, last.pt
+    config: dict                       # the arguments of its model
+    made_from: dict                    # its pictures or tokens: they stay once it is begun
+    loss: Callable                     # loss(model, batch, rng, step)
+    n: int = 0                         # how many pictures there are
+    get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
+    preview: Callable = None           # preview(ema) makes pictures of what is saved
+    meta: dict = None                  # what its checkpoint says beside the model, for sample.py
+
+    @property
+    def path(self):
+        return self.folder / "last.pt"
+
+
+def read_stage(args, stage):
+    """The checkpoint of a stage, and a text on how this command differs from the one that began it.
+
+    Returns (None, "") if there is none. SystemExit if the stage was begun with another config or
+    made from something else. SystemExit, too, if a finished tokenizer or prior would have to be
+    trained on, because tokens and runs were made with it.
+    """
+    kind = stage.kind
+    if not stage.path.is_file():
+        return None, ""
+    recipe = args.recipe[kind]
+    saved = disk.load_checkpoint(stage.path, kind)
+    kept = stage.made_from | dict(config=stage.config)
+    with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
+        step = int(saved["step"])
+        old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
+        old["seed"] = saved["settings"]["seed"]
+        finished_for_good = step >= old["steps"] and kind != "mixar"
+        if not finished_for_good:
+            # they decide about the pictures in each batch
+            kept = kept | dict(seed=args.seed, batch=recipe["batch"])
+        disk.check_same(stage.path, saved["settings"], kept)
+    if finished_for_good and step < recipe["steps"]:
+        raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
+                         f"is not trained on: choose another --runs, or --{kind}-steps {step}")
+    new = dict(recipe, amp=args.amp, seed=args.seed)
+    changes = ", ".join(disk.differences(old, new))
+    return saved, f" (begun with {changes})" if changes else ""
+
+
+def skipped_before(folder, kind):
+    """The names of the unreadable pictures that the tokenizer in `folder` was trained without."""
+    if not (folder / "last.pt").is_file():
+        return []
+    saved = disk.load_checkpoint(folder, kind)
+    with disk.reading(folder / "last.pt", f"{kind} checkpoint"):
+        return list(saved["meta"].get("skipped", []))
+
+
+class State:
+    """A model in training: weights, moving average and optimiser after `step` steps.
+
+    before: how many steps the run had made from which --init started this one
+
+    A checkpoint, last.pt, is a dict of
+        model, ema, optimizer    the weights, their moving average, AdamW's moments
+        step, ema_start          `step` and `before`
+        kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
+        settings                 what a resumed run may not change: config, seed, made_from, ...
+        args                     all flags, with the recipes
+        meta                     what sampling needs, see sample.describe_run
+    """
+
+    def __init__(self, args, stage):
+        self.args = args
+        self.stage = stage
+        self.step = 0
+        self.before = 0
+        torch.manual_seed(args.seed)
+        # convolutions are faster with the channels last
+        model = backbone.KINDS[stage.kind](**stage.config)
+        self.model = model.to(args.device, memory_format=torch.channels_last)
+        if stage.kind == "mixar":
+            self.model.checkpoint_activations = args.checkpoint_activations
+            self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = make_optimizer(self.model, args.recipe[stage.kind])
+
+    def load(self, saved):
+        """Take over everything from a checkpoint of train.py."""
+        for name, module in (("model", self.model), ("ema", self.ema)):
+            tokenizers.check_weights(module, saved[name])
+            module.load_state_dict(saved[name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for p, moments in self.optimizer.state.items():
+            if any(moments[name].shape != p.shape for name in moments if name != "step"):
+                raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
+        self.step = saved["step"]
+        self.before = saved["ema_start"]
+
+    def start_from(self, path):
+        """Begin with --init: train on where another run has ended, or from an official MAR."""
+        saved = disk.load_checkpoint(path, "mixar")
+        with disk.reading(path, "mixar checkpoint that fits this run"):
+            if "kind" in saved:
+                self.load(saved)
+                self.before += self.step
+                self.step = 0
+            else:
+                official, _ = backbone.load_model(path, "mixar")
+                self.model.load_state_dict(official.state_dict())
+                self.ema.load_state_dict(official.state_dict())
+
+    def set_rate(self, step):
+        lr = learning_rate(self.args.recipe[self.stage.kind], step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def save(self):
+        """Write last.pt. SystemExit if the weights are not finite."""
+        stage = self.stage
+        kind = stage.kind
+        for p in self.model.parameters():
+            if not p.isfinite().all():
+                raise SystemExit(f"{kind}: weights are not finite after step {self.step}; lower "
+                                 "--lr. What was saved before is kept")
+        settings = stage.made_from | dict(
+            config=stage.config, seed=self.args.seed, batch=self.args.recipe[kind]["batch"])
+        saved = dict(
+            kind=kind, config=stage.config, settings=settings, meta=stage.meta,
+            args=vars(self.args), step=self.step, ema_start=self.before,
+            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict())
+        disk.write_whole(stage.path, partial(torch.save, saved))
+
+
+class Log:
+    """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
+
+    def __init__(self, args, stage, step):
+        recipe = args.recipe[stage.kind]
+        path = stage.folder / "log.csv"
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        # neither the header nor a torn row
+        rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
+        rows = [row for row in rows if int(row.split(",")[0]) <= step]
+        head = "step,loss,lr,grad_norm,images_per_second,seconds"
+        text = "\n".join([head, *rows]) + "\n"
+        disk.write_whole(path, lambda file: file.write(text.encode()))
+        self.file = path.open("a", buffering=1)                              # row by row
+        self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
+        self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
+                        mininterval=1)
+        self.B = recipe["batch"]
+        self.board = None
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SystemExit("--tensorboard needs: pip install tensorboard") from None
+            self.board = SummaryWriter(stage.folder)
+
+    def write(self, step, loss, lr, norm):
+        self.bar.update()
+        if step % LOG_EVERY and step < self.bar.total:
+            return
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        elapsed = self.bar.format_dict["elapsed"]
+        speed = (step - self.bar.initial) * self.B / elapsed
+        seconds = self.seconds + elapsed
+        self.file.write(f"{step},{loss:.6f},{lr:.4g},{norm:.4f},{speed:.1f},{seconds:.2f}\n")
+        if self.board:
+            self.board.add_scalars("train", dict(loss=loss, lr=lr, grad_norm=norm), step)
