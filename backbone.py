@@ -437,8 +437,6 @@ def heads_of(D):
     return max(4, min(16, D // 64))
 
 
-# Loading
-
 KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixar=MAR)
 
 
@@ -462,12 +460,6 @@ def load_model(path, kind, weights="ema"):
         inner = next((saved[name] for name in wrappers if name in saved), saved)
         state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
         return KINDS[kind].from_official(state), dict(step=0, meta=None)
-
-
-def check_equal(path, what, found, expected):
-    """SystemExit if a number of the model at `path` is not that of the models it works with."""
-    if found != expected:
-        raise SystemExit(f"{path} has {found} {what}; what it is used with has {expected}")
 
 
 # The paper's sizes

@@ -8,7 +8,6 @@ With the paper open it can be skipped.
 Try: head runs/shapes-dcmix/log.csv
 """
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,19 +24,6 @@ import tokenizers
 
 EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
-
-
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
-    warmup = recipe["warmup"]
-    if warmup < 1:
-        warmup *= recipe["steps"]
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
-    if recipe["anneal"]:
-        # a run that --init trains on keeps the last rate of the run before it
-        progress = min(step / recipe["steps"], 1)
-        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
-    return rate
 
 
 def orthogonal(g):
@@ -216,11 +202,9 @@ class State:
                 self.model.load_state_dict(official.state_dict())
                 self.ema.load_state_dict(official.state_dict())
 
-    def set_rate(self, step):
-        lr = learning_rate(self.args.recipe[self.stage.kind], step)
+    def set_rate(self, lr):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        return lr
 
     def save(self):
         """Write last.pt. SystemExit if the weights are not finite."""

@@ -1,7 +1,6 @@
 """The pictures I, and the token cache: Eq. (7) for all of them, once.
 
-Pictures come from the embedded set `shapes`, class folders or MNIST-family files. `cache_tokens`
-writes x_c and x_d of all pictures, and training reads them by `Tokens`.
+The pictures are the embedded set `shapes`, class folders or MNIST-family files.
 
 n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
 Reads disk.py, tokenizers.py and picture files. Feeds train.py, sample.py and fid.py.
@@ -57,9 +56,8 @@ def read_rgb(path):
         return image.convert("RGB")
 
 
-# A data set is a class like the three below and an `if` in open_source. It is made from a folder,
-# the split ("train" or "test"), the size of the pictures, and how many are wanted, None for all.
-# It has
+# A data set is a class like the three below, and an `if` in open_source. It is made from a folder,
+# the split "train" or "test", the size of the pictures and how many are wanted, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
 #     names              a text for every picture that tells it from all others, also from those
 #                        of other data sets, and does not change when the folder is moved
@@ -127,10 +125,7 @@ def find_split(root, split):
 
 
 class Folder:
-    """Class folders, DIR/class/picture. Without class folders, DIR is one class.
-
-    The splits are the folders DIR/train and DIR/val (or test), if they are there.
-    """
+    """Class folders, DIR/class/picture. Without class folders, DIR is one class. See find_split."""
 
     # Mirror images are cached, too.   [MAR]
     mirror = True
@@ -233,7 +228,6 @@ class Idx:
         image = self.images[i]
         if max(image.shape) > self.size:
             image = np.asarray(center_crop(Image.fromarray(image), self.size))
-        # The rows and columns that are missing are split between both sides.
         rows, columns = (self.size - side for side in image.shape)
         edges = ((rows // 2, (rows + 1) // 2), (columns // 2, (columns + 1) // 2))
         return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
@@ -242,7 +236,7 @@ class Idx:
 class Shapes:
     """The embedded set: ten classes of shapes; picture i is a function of (split, i).   [ours]
 
-    Colours, pose, background and stripes are continuous: they say more than the bits can keep.
+    Colours, pose, ground and stripes are continuous: they say more than the bits can keep.
     """
 
     classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
@@ -370,23 +364,6 @@ def report_skipped(source, reasons):
         print(f"skipped {len(reasons)} unreadable of {n} pictures:", *reasons.values(), sep="\n  ")
 
 
-@torch.no_grad()
-def encode(pictures, vae, vq, device, mirror):
-    """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
-
-    F is 2 with mirror images, else 1.
-    Returns a dict: moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and
-    indices (b, F, h, w), int32 codes of x_d.
-    """
-    x = torch.tensor(pictures).to(device).float() / 255
-    views = [x, x.flip(3)] if mirror else [x]
-    x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
-    moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
-    indices = tokenizers.bits_to_codes(tokenizers.quantise(vq.encode(x)).movedim(1, -1)).int()
-    rows = dict(moments=moments, indices=indices)
-    return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
-
-
 # The files of a token cache, each with a row for every picture, and their types.
 ARRAYS = dict(moments=np.float16, indices=np.int32, status=np.uint8, labels=np.int64)
 
@@ -433,7 +410,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     if not meta:
         # The row of a black picture tells the shapes.
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
-        row = encode(black, vae, vq, device, source.mirror)
+        row = tokenizers.encode(black, vae, vq, device, source.mirror)
         row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
         begin_cache(folder, source, row)
         meta = dict(made_from=describe(source, []) | made_with, classes=source.classes, skipped=[])
@@ -467,7 +444,7 @@ def fill_cache(arrays, source, vae, vq, device, batch):
             good = [i for i in rows if i not in reasons]
             if good:
                 x = np.stack([pictures[i] for i in good])
-                for name, value in encode(x, vae, vq, device, source.mirror).items():
+                for name, value in tokenizers.encode(x, vae, vq, device, source.mirror).items():
                     arrays[name][good] = value
             # The status comes last, when the rows themselves are there.
             status[rows] = 2
@@ -485,15 +462,6 @@ def statistics(moments, rows):
     return mean.tolist(), std.tolist()
 
 
-def latent_statistics(mean, std):
-    """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
-    mean = torch.tensor(mean, dtype=torch.float32)
-    std = torch.tensor(std, dtype=torch.float32)
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError("mean and deviation of x_c must be finite, the deviation above 0")
-    return mean, std
-
-
 class Tokens:
     """The token cache in `folder`: x_c and x_d of n pictures with `labels` (n,) in `classes`."""
 
@@ -504,7 +472,7 @@ class Tokens:
             self.made_from = meta["made_from"]
             self.classes = meta["classes"]
             self.bits = meta["bits"]
-            self.mean, self.std = latent_statistics(meta["mean"], meta["std"])
+            self.mean, self.std = tokenizers.latent_statistics(meta["mean"], meta["std"])
             self.rows = np.flatnonzero(arrays["status"] == 1)
             self.labels = arrays["labels"][self.rows]
             if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):

@@ -144,3 +144,9 @@ def load_checkpoint(path, kind):
         if found != kind:
             raise ValueError(f"it is a {found} checkpoint")
     return saved
+
+
+def check_equal(path, what, found, expected):
+    """SystemExit if a number of the model at `path` is not that of the models it works with."""
+    if found != expected:
+        raise SystemExit(f"{path} has {found} {what}; what it is used with has {expected}")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import dataset
 import disk
 import features
+import output
 import sample
 import train
 
@@ -205,7 +206,7 @@ def reconstruct(pictures, run, tokenizer):
         return run.vae.decode(mean)
 
     x = pictures.to(run.device).float() / 127.5 - 1
-    return sample.to_bytes(run.in_pieces(through_vae, x)).cpu()
+    return output.to_bytes(run.in_pieces(through_vae, x)).cpu()
 
 
 def load_statistics(path, extractor):

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 import backbone
 import dataset
 import disk
 import mixing
+import output
 import tokenizers
 import train
 
@@ -167,25 +166,6 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     return x_c
 
 
-def to_bytes(x):
-    """Pictures in [-1, 1] to uint8, rounded.   [MAR]"""
-    check_finite(x)
-    return ((x + 1) * 127.5).clamp(0, 255).round().byte()
-
-
-def truncate(x):
-    """Pictures in [0, 1] to uint8, cut off.   [MaskBit]"""
-    check_finite(x)
-    return (x.clamp(0, 1) * 255).byte()
-
-
-def check_finite(x):
-    """SystemExit if x, of a model, holds NaN or inf. Pictures of it would be black."""
-    if not x.isfinite().all():
-        raise SystemExit("a model gave values that are not finite; try a lower --cfg, --prior-cfg "
-                         "or --temperature, or --amp fp32")
-
-
 def describe_run(args, shared, run, tokens, prior):
     """What a checkpoint of train.py says beside the model: all that `System` needs."""
     def place(kind, given):
@@ -244,9 +224,8 @@ class System:
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
-            mean, std = dataset.latent_statistics(self.meta["latent_mean"], self.meta["latent_std"])
-            self.mean = mean.to(self.device)
-            self.std = std.to(self.device)
+            self.mean, self.std = tokenizers.latent_statistics(
+                self.meta["latent_mean"], self.meta["latent_std"], self.device)
         self.prior_seconds = 0.0
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
@@ -258,12 +237,12 @@ class System:
         stride = 2 ** (len(self.vae.encoder.down) - 1)
         self.size = math.isqrt(model.N) * stride                             # in pixels
         d_c = self.vae.post_quant_conv.in_channels
-        backbone.check_equal(run, "channels", model.d_c, d_c)
+        disk.check_equal(run, "channels", model.d_c, d_c)
         if self.prior and self.vq:
             bits = self.vq.quantize.codebook.shape[1]
             classes = len(self.meta["classes"])
             found = (self.prior.N, self.prior.bits, self.prior.classes)
-            backbone.check_equal(run, "tokens, bits, classes", (model.N, bits, classes), found)
+            disk.check_equal(run, "tokens, bits, classes", (model.N, bits, classes), found)
 
     def load_part(self, kind, given):
         """The vae, vq or prior: the given file, else the one that the run names, else None."""
@@ -291,7 +270,7 @@ class System:
         s = self.settings
 
         def choose(logits):
-            check_finite(logits)
+            output.check_finite(logits)
             return mixing.sample_codes(logits, rng(lambda g: g.random(shape, np.float32)))
 
         def gumbel():
@@ -331,13 +310,13 @@ class System:
     @torch.no_grad()
     def decode_discrete(self, x_d):
         """bits (B, N, d_d) -> uint8 (B, 3, H, W)"""
-        return truncate(self.in_pieces(self.vq.decode, self.grid(x_d)))
+        return output.truncate(self.in_pieces(self.vq.decode, self.grid(x_d)))
 
     @torch.no_grad()
     def decode_continuous(self, x_c):
         """normalised x_c (B, N, d_c) -> uint8 (B, 3, H, W)"""
         x_c = x_c * self.std + self.mean
-        return to_bytes(self.in_pieces(self.vae.decode, self.grid(x_c)))
+        return output.to_bytes(self.in_pieces(self.vae.decode, self.grid(x_c)))
 
     def sample(self, seed, indices, y, decode="continuous", x_d=None):
         """The images `indices` with the classes y (B,) -> uint8 (B, 3, H, W).
@@ -356,89 +335,6 @@ class System:
         return self.decode_continuous(x_c)
 
 
-def tile(images, columns):
-    """uint8 (n, 3, H, W) -> one Pillow image, row by row; what the last row lacks is black."""
-    _, _, H, W = images.shape
-    black = images.new_zeros(-len(images) % columns, 3, H, W)
-    rows = torch.cat([images, black]).unflatten(0, (-1, columns))            # (rows, columns, ...)
-    page = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)           # (H', W', 3)
-    return Image.fromarray(page.cpu().numpy())
-
-
-def save_png(image, path):
-    disk.write_whole(path, lambda file: image.save(file, "png"))
-
-
-def double(image):
-    return image.resize((2 * image.width, 2 * image.height), Image.NEAREST)
-
-
-def save_named_grid(images, path, columns, rows):
-    """A png of uint8 images (rows * columns, 3, H, W) at twice their size, with names beside."""
-    grid = double(tile(images, len(columns)))
-    page = Image.new("RGB", (90 + grid.width, 20 + grid.height), "white")
-    page.paste(grid, (90, 20))
-    draw = ImageDraw.Draw(page)
-    for k, name in enumerate(columns):
-        x = 90 + (k + 0.5) * grid.width / len(columns)
-        draw.text((x, 10), name[:10], "black", anchor="mm")
-    for k, name in enumerate(rows):
-        y = 20 + (k + 0.5) * grid.height / len(rows)
-        draw.text((6, y), name, "black", anchor="lm")
-    save_png(page, path)
-
-
-@torch.no_grad()
-def save_reconstructions(path, kind, tokenizer, pictures):
-    """A png of uint8 pictures (n, 3, H, W) above what a vae or vq makes of them."""
-    x = pictures.to(next(tokenizer.parameters()).device).float() / 255
-    if kind == "vae":
-        y = to_bytes(tokenizer.decode(tokenizer.encode(x * 2 - 1)[0]))
-    else:
-        y = truncate(tokenizer.decode(tokenizers.quantise(tokenizer.encode(x))))
-    both = torch.cat([pictures, y.cpu()])
-    save_named_grid(both, path, [""] * len(pictures), ["original", "decoded"])
-
-
-def save_figures(system, folder, seed):
-    """samples.png, and compare.png: X_d decoded above MixAR from the same X_d, as in Fig. 2."""
-    classes = system.meta["classes"][:10]
-    rows = 8
-    indices = np.arange(rows * len(classes))
-    labels = indices % len(classes)
-    y = torch.tensor(labels, device=system.device)
-    x_d = system.sample_discrete(seed, indices, y)
-    mixed = system.decode_continuous(system.sample_continuous(seed, indices, y, x_d))
-    save_named_grid(mixed, Path(folder) / "samples.png", classes, [""] * rows)
-    discrete = system.decode_discrete(x_d).unflatten(0, (rows, len(classes)))
-    pairs = torch.stack([discrete, mixed.unflatten(0, discrete.shape[:2])], dim=1)[:2]
-    save_named_grid(pairs.flatten(0, 2), Path(folder) / "compare.png", classes,
-                    ["X_d decoded", "MixAR"] * 2)
-
-
-def save_gif(path, system, y, seed, columns, x_d=None):
-    """A gif of Eq. (9)'s mixed sequence: discrete patches give way to continuous ones.
-
-    x_d: (B, N, d_d), used instead of the prior's
-    """
-    indices = range(len(y))
-    masks = [torch.ones(len(y), system.model.N, dtype=torch.bool, device=system.device)]
-    if x_d is None:
-        x_d = system.sample_discrete(seed, indices, y)
-    x_c = system.sample_continuous(seed, indices, y, x_d, on_step=masks.append)
-    discrete = system.decode_discrete(x_d)
-    continuous = system.decode_continuous(x_c)
-    frames = []
-    for m in masks:
-        masked = system.grid(m[..., None].float())                           # (B, 1, h, w)
-        masked = torch.nn.functional.interpolate(masked, discrete.shape[2:]) > 0
-        mixed = torch.where(masked, discrete, continuous)
-        frames.append(double(tile(mixed, columns)))
-    times = [300] * (len(frames) - 1) + [2000]                               # milliseconds
-    disk.write_whole(path, lambda file: frames[0].save(
-        file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0))
-
-
 def wanted_classes(text, classes):
     """"all", or names or numbers with commas between -> [int]. SystemExit naming an unknown one."""
     if text == "all":
@@ -451,83 +347,6 @@ def wanted_classes(text, classes):
             raise SystemExit(f"--classes {name}: unknown class; the run has {', '.join(classes)}. "
                              "A name with a comma is given by its number, counted from 0")
     return [numbers[name] for name in wanted]
-
-
-def begin_folder(folder, system, args):
-    """Note in `folder` how its pictures are made. SystemExit if it holds those of other settings.
-    """
-    note = folder / "settings.json"
-    not_compared = ("out", "count", "batch_size", "device", "amp")
-    settings = {name: value for name, value in vars(args).items() if name not in not_compared}
-    settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
-    pictures = list(folder.glob("*.png"))
-    if pictures:
-        disk.check_same(folder, disk.read_json(note), settings)
-    disk.write_json(note, settings)
-    more = len(pictures) - args.count
-    if more > 0:
-        print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
-
-
-def sample_folder(system, folder, labels, args, held_out=None):
-    """A png of every image in `folder`, by all processes; those that are there are kept.
-
-    held_out: a picture source; X_d is then that of its pictures, not the prior's
-    SystemExit if the folder holds samples of other settings.
-    """
-    rank, ranks = train.world()
-    if rank == 0:
-        begin_folder(folder, system, args)
-    train.barrier()
-    # an empty one is none
-    done = {path for path in folder.glob("*.png") if path.stat().st_size > 0}
-    missing = [i for i in range(rank, len(labels), ranks) if png(folder, i) not in done]
-    seconds = 0.0
-    starts = range(0, len(missing), args.batch_size)
-    for k in tqdm(starts, "samples", unit="batch", disable=rank > 0 or not missing):
-        indices = missing[k:k + args.batch_size]
-        start = time.time()
-        x_d = truth(system, held_out, indices)
-        y = torch.tensor(labels[indices], device=system.device)
-        pictures = system.sample(args.seed, indices, y, args.decode, x_d)
-        seconds += time.time() - start
-        for i, picture in zip(indices, pictures):
-            image = tile(picture[None], 1)
-            save_png(image, png(folder, i))
-    if missing and rank == 0:
-        s = system.settings
-        print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "
-              f"{ranks * len(missing) / seconds:.3g} images/s in all, "
-              f"{system.prior_seconds / seconds:.0%} of it the prior; {len(missing)} images, "
-              f"batch {min(args.batch_size, len(missing))}, {args.device}, {s['ar_steps']} AR x "
-              f"{s['diffusion_steps']} diffusion steps, cfg {s['cfg']}, amp {args.amp}")
-    train.barrier()
-
-
-def png(folder, i):
-    return folder / f"{i:06d}.png"
-
-
-def pack(folder, count, out, columns):
-    """Move the pictures 0 .. count - 1 of `folder` into a grid, or an npz: arr_0 uint8 NHWC."""
-    files = [png(folder, i) for i in range(count)]
-    pictures = []
-    for file in files:
-        with disk.reading(file, "picture; remove it to make it again"):
-            pictures.append(np.asarray(Image.open(file)))
-    with disk.reading(folder, "folder of samples of one size; remove it"):
-        pictures = np.stack(pictures)
-    if out.suffix == ".npz":
-        disk.write_whole(out, lambda file: np.savez(file, arr_0=pictures))
-    else:
-        save_png(tile(torch.tensor(pictures).permute(0, 3, 1, 2), columns), out)
-    for file in files:
-        file.unlink()
-    # more of an earlier command may be there
-    if {path.name for path in folder.iterdir()} == {"settings.json", ".lock"}:
-        (folder / "settings.json").unlink()
-        (folder / ".lock").unlink()
-        folder.rmdir()
 
 
 def step_counts(text):
@@ -594,39 +413,39 @@ def open_run(args):
     return system
 
 
-def open_held_out(system, count):
-    """The held-out pictures behind --truth. SystemExit if there are fewer than `count`."""
+def open_truth(system, count):
+    """The classes of the held-out pictures behind --truth, and given(indices), which is their X_d.
+
+    SystemExit if there are fewer than `count`, or pictures of other classes.
+    """
     data = system.meta["data"]
     source = dataset.open_source(data, "test", system.size, count)
     same_classes = source.classes == system.meta["classes"]
     if len(source.labels) < count or not source.held_out or not same_classes:
         raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures of "
                          "the run's classes")
-    return source
 
+    def given(indices):
+        pictures = [source.read(i) for i in indices]
+        for picture in pictures:
+            if isinstance(picture, str):
+                raise SystemExit(f"--truth needs every held-out picture; one is damaged: {picture}")
+        return system.encode_discrete(np.stack(pictures))
 
-def truth(system, held_out, indices):
-    """The X_d of these held-out pictures, or None without --truth."""
-    if held_out is None:
-        return None
-    pictures = [held_out.read(i) for i in indices]
-    for picture in pictures:
-        if isinstance(picture, str):
-            raise SystemExit(f"--truth needs every held-out picture, but one is damaged: {picture}")
-    return system.encode_discrete(np.stack(pictures))
+    return source.labels, given
 
 
 def write_out(system, out, labels, columns, args):
     """Sample the pictures and write them to `out`, by all processes."""
-    held_out = open_held_out(system, args.count) if args.truth else None
-    if held_out:
-        labels = held_out.labels
+    given = None
+    if args.truth:
+        labels, given = open_truth(system, args.count)
     rank, _ = train.world()
     if out.suffix == ".gif":
         if rank == 0:
             y = torch.tensor(labels, device=system.device)
-            x_d = truth(system, held_out, range(args.count))
-            save_gif(out, system, y, args.seed, columns, x_d)
+            x_d = given(range(args.count)) if given else None
+            output.save_gif(out, system, y, args.seed, columns, x_d)
         return
     folder = out.with_name(f"{out.name}.parts") if out.suffix else out
     files = [path.name for path in folder.glob("[!.]*")]
@@ -634,9 +453,9 @@ def write_out(system, out, labels, columns, args):
         raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
                          "choose another --out")
     with disk.locked(folder) if rank == 0 else nullcontext():
-        sample_folder(system, folder, labels, args, held_out)
+        output.sample_folder(system, folder, labels, args, given)
         if rank == 0 and out.suffix:
-            pack(folder, args.count, out, columns)
+            output.pack(folder, args.count, out, columns)
 
 
 def main(argv=None):

@@ -315,3 +315,29 @@ class BitVQ(nn.Module):
     def decode(self, x_d):
         """bits x_d (B, d_d, h, w) in {-1, +1} -> images (B, 3, H, W), about in [0, 1]."""
         return self.decoder(x_d)
+
+
+@torch.no_grad()
+def encode(pictures, vae, vq, device, mirror):
+    """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
+
+    F is 2 with mirror images, else 1.
+    Returns a dict: moments (b, F, 2 d_c, h, w), float16 posterior means and log variances, and
+    indices (b, F, h, w), int32 codes of x_d.
+    """
+    x = torch.tensor(pictures).to(device).float() / 255
+    views = [x, x.flip(3)] if mirror else [x]
+    x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
+    moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
+    indices = bits_to_codes(quantise(vq.encode(x)).movedim(1, -1)).int()
+    rows = dict(moments=moments, indices=indices)
+    return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
+
+
+def latent_statistics(mean, std, device="cpu"):
+    """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
+    mean = torch.tensor(mean, dtype=torch.float32, device=device)
+    std = torch.tensor(std, dtype=torch.float32, device=device)
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError("mean and deviation of x_c must be finite, the deviation above 0")
+    return mean, std

@@ -310,6 +310,19 @@ def step_batches(args, get_batch, n, B, step, parts):
     return batches
 
 
+def learning_rate(recipe, step):
+    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
+    warmup = recipe["warmup"]
+    if warmup < 1:
+        warmup *= recipe["steps"]
+    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    if recipe["anneal"]:
+        # a run that --init trains on keeps the last rate of the run before it
+        progress = min(step / recipe["steps"], 1)
+        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
+    return rate
+
+
 def update(args, ddp, state, batches, stop=False):
     """One step of state.optimizer on the parts [(batch, rng)] of a batch.
 
@@ -378,7 +391,8 @@ def train_steps(args, stage, state):
         # With --init, data order, random numbers, rate and average go on where the other run ended:
         # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
-        lr = state.set_rate(total_step)
+        lr = learning_rate(recipe, total_step)
+        state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
@@ -421,7 +435,7 @@ def is_done(args, stage):
 
 def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
-    import sample                                                            # it imports this file
+    import output                                                            # it imports this file
 
     folder = shared / kind
     figure = folder / "reconstructions.png"
@@ -444,7 +458,7 @@ def train_tokenizer(args, shared, kind, source):
         return (x.contiguous(memory_format=torch.channels_last),)
 
     def preview(ema):
-        sample.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
+        output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
     # only now is it known which pictures cannot be read
     stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
@@ -474,14 +488,16 @@ def train_prior(args, shared, tokens):
 
 def train_mixar(args, shared, run, tokens):
     """Stage mixar: p_theta(X_c | X_d), and pictures at its end."""
-    import sample                                                            # it imports this file
+    # they import this file
+    import output
+    import sample
 
     if args.guidance == "dcmix" and tokens.bits > tokens.d_c:
         raise SystemExit(f"--guidance dcmix: {tokens.bits} bits do not fit into {tokens.d_c} "
                          "channels (Eq. 9); choose another guidance or another tokenizer")
     prior_file = args.prior or shared / "prior"
     prior, saved = backbone.load_model(prior_file, "prior")
-    backbone.check_equal(prior_file, "tokens, bits and classes",
+    disk.check_equal(prior_file, "tokens, bits and classes",
                          (prior.N, prior.bits, prior.classes),
                          (tokens.N, tokens.bits, len(tokens.classes)))
     if saved["meta"] is None:
@@ -503,7 +519,7 @@ def train_mixar(args, shared, run, tokens):
             # a look takes seconds then, not minutes
             system.settings |= dict(ar_steps=16, diffusion_steps=25)
         try:
-            sample.save_figures(system, run, args.seed)
+            output.save_figures(system, run, args.seed)
         except torch.OutOfMemoryError:
             print("out of memory: no pictures; sample.py makes them with a lower --batch-size")
 
@@ -545,10 +561,10 @@ def check_flags_in_advance(args, shared, run, classes):
             continue
         # an official file has no config
         config = disk.load_checkpoint(file, kind).get("config", {})
-        backbone.check_equal(file, "classes", config.get("classes", classes), classes)
+        disk.check_equal(file, "classes", config.get("classes", classes), classes)
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
-            backbone.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
+            disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
                                  (args.guidance, args.mix_at))
 
 
@@ -580,7 +596,7 @@ def train_stages(args):
     vq_file = args.vq or shared / "vq"
     vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
     vq, _ = backbone.load_model(vq_file, "vq")
-    backbone.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
+    disk.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
     if world()[0] == 0:
         vae.to(args.device)
         vq.to(args.device)

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import sample
+import output
 import dataset
 
 RESULTS = ROOT / "assets" / "findings.json"
@@ -300,7 +300,7 @@ def draw(data, seed, columns=20):
         rows.append(np.load(file)["arr_0"].transpose(0, 3, 1, 2))        # (columns, 3, H, W)
         file.unlink()
     images = torch.tensor(np.concatenate(rows))
-    sample.save_png(sample.tile(images, columns), ROOT / "assets" / f"findings-{data}.png")
+    output.save_png(output.tile(images, columns), ROOT / "assets" / f"findings-{data}.png")
 
 
 def collect():

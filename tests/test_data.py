@@ -677,7 +677,7 @@ def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
 
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
-    shipped = dataset.encode
+    shipped = tokenizers.encode
 
     def too_low(pictures, *more):
         rows = shipped(pictures, *more)

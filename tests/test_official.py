@@ -13,6 +13,7 @@ import torch
 
 import backbone
 import golden
+import output
 import sample
 import tokenizers
 
@@ -374,6 +375,6 @@ def test_latents_of_an_official_mar_are_divided_by_its_scale(tmp_path, mar_file)
     system = sample.System(mar_file, vae=kl_file(tmp_path, 8))
     x_c = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
     latents = x_c.transpose(1, 2).unflatten(2, (4, 4)) / 0.2325
-    expected = sample.to_bytes(system.vae.decode(latents))
+    expected = output.to_bytes(system.vae.decode(latents))
     found = system.decode_continuous(x_c)
     assert (found.int() - expected.int()).abs().max() <= 1

@@ -19,6 +19,7 @@ import backbone
 import dataset
 import disk
 import running
+import output
 import sample
 import tokenizers
 import train
@@ -130,7 +131,7 @@ def test_truth_decoded_is_what_the_bit_tokenizer_keeps_of_the_pictures(runs, tmp
     vq, _ = backbone.load_model(runs / "shapes" / "vq", "vq")
     for i in range(2):
         x = torch.tensor(source.read(i))[None].float() / 255
-        expected = sample.truncate(vq.decode(tokenizers.quantise(vq.encode(x))))
+        expected = output.truncate(vq.decode(tokenizers.quantise(vq.encode(x))))
         expected = expected[0].permute(1, 2, 0).int().numpy()                # (H, W, 3)
         assert abs(read_png(tmp_path / "s", i) - expected).max() <= 1
 
@@ -338,7 +339,7 @@ def test_an_output_that_would_not_be_what_its_name_says_is_refused(runs, tmp_pat
 def test_a_picture_of_nan_is_an_error_never_a_black_one():
     x = torch.zeros(1, 3, 4, 4)
     x[0, 0, 0, 0] = float("nan")
-    for to_pixels in (sample.to_bytes, sample.truncate):
+    for to_pixels in (output.to_bytes, output.truncate):
         with pytest.raises(SystemExit, match="values that are not finite"):
             to_pixels(x)
 
@@ -440,7 +441,7 @@ def test_an_npz_holds_the_pictures_of_the_folder(runs, tmp_path):
 def test_a_figure_is_a_grid_of_doubled_pictures_beside_their_names(tmp_path):
     """Two pictures of 32 x 32, one above the other: the grid begins at pixel (90, 20)."""
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    sample.save_named_grid(images, tmp_path / "figure.png", ["star"], ["first", "second"])
+    output.save_named_grid(images, tmp_path / "figure.png", ["star"], ["first", "second"])
     page = np.asarray(Image.open(tmp_path / "figure.png"))
     assert page.shape == (20 + 2 * 64, 90 + 64, 3)
     column = images.permute(0, 2, 3, 1).flatten(0, 1).numpy()                # (64, 32, 3)

@@ -7,14 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["tokenizers", "disk", "dataset", "mixing", "diffusion_head", "backbone", "checkpoint",
-         "train", "sample", "features", "fid"]
+         "train", "output", "sample", "features", "fid"]
 CODE = [ROOT / f"{name}.py" for name in NAMES]
 TEXTS = [*CODE, ROOT / "README.md", *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.md")]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
-# The aim is 500 lines a file and 25,000 tokens in all; these are what it takes today.
-MOST_LINES = 855
-MOST_TOKENS = 31_700
+PAPER = ["tokenizers", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
+# train.py ties everything together and is longer: the aim is 500 lines for it, too
+MOST_LINES = {"train.py": 715}
+MOST_TOKENS_OF_PAPER = 22_500
+MOST_TOKENS = 32_500
 each_file = pytest.mark.parametrize("path", CODE, ids=NAMES)
 
 
@@ -41,7 +43,8 @@ def test_no_line_has_more_than_100_columns(path):
 @each_file
 def test_files_are_short_and_a_line_holds_one_idea(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= MOST_LINES, f"{path.name} has {lines} lines: take something away"
+    most = MOST_LINES.get(path.name, 500)
+    assert lines <= most, f"{path.name} has {lines} lines: take something away"
     tokens = tokens_of_lines(path)
     mean = round(sum(tokens.values()) / len(tokens), 1)
     densest = max(tokens, key=tokens.get)
@@ -49,8 +52,11 @@ def test_files_are_short_and_a_line_holds_one_idea(path):
 
 
 def test_all_files_together_are_short():
-    total = sum(sum(tokens_of_lines(path).values()) for path in CODE)
-    assert total <= MOST_TOKENS, f"the eight files have {total} tokens: take something away"
+    tokens = {path.stem: sum(tokens_of_lines(path).values()) for path in CODE}
+    total = sum(tokens.values())
+    assert total <= MOST_TOKENS, f"all files have {total} tokens: take something away"
+    paper = sum(tokens[name] for name in PAPER)
+    assert paper <= MOST_TOKENS_OF_PAPER, f"the paper's files have {paper} tokens"
 
 
 @each_file

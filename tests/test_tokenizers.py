@@ -10,7 +10,7 @@ from torch import nn
 import dataset
 import disk
 import golden
-import sample
+import output
 import tokenizers
 from backbone import PRESETS
 
@@ -306,12 +306,12 @@ def test_golden_bytes():
     VA-VAE's code rounds half up. MaskBit's pictures in [0, 1] are truncated.
     """
     g = golden.load("data")
-    found = sample.to_bytes(g["to_uint8_in_pm1"])
+    found = output.to_bytes(g["to_uint8_in_pm1"])
     assert found.tolist() == g["to_uint8_mar"].tolist()
     # The only values that VA-VAE's code rounds otherwise.
     ties = (g["to_uint8_in_pm1"] + 1) * 127.5 % 1 == 0.5
     assert found[~ties].tolist() == g["to_uint8_vavae"][~ties].tolist()
-    assert sample.truncate(g["to_uint8_in_01"]).tolist() == g["to_uint8_maskbit"].tolist()
+    assert output.truncate(g["to_uint8_in_01"]).tolist() == g["to_uint8_maskbit"].tolist()
 
 
 def test_a_new_vae_starts_with_little_posterior_noise():

@@ -24,6 +24,7 @@ import dataset
 import disk
 import golden
 import running
+import output
 import sample
 import train
 from running import SMALL, mixar, same_weights, sampling, weights
@@ -45,7 +46,7 @@ def copy_run(runs, folder):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Without the pictures at the end of a run, where a test does not need them."""
-    monkeypatch.setattr(sample, "save_figures", lambda system, folder, seed: None)
+    monkeypatch.setattr(output, "save_figures", lambda system, folder, seed: None)
 
 
 @pytest.fixture
@@ -141,13 +142,13 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
 
 def test_rate_warms_up_then_stays_or_anneals_to_a_tenth():
     recipe = dict(lr=2.0, warmup=4, steps=100, anneal=False)
-    rates = [checkpoint.learning_rate(recipe, step) for step in (0, 1, 3, 99)]
+    rates = [train.learning_rate(recipe, step) for step in (0, 1, 3, 99)]
     assert rates == [0.5, 1.0, 2.0, 2.0]
     share = recipe | dict(warmup=0.1)
-    assert checkpoint.learning_rate(share, 4) == 1.0, "a warm-up below 1 is a share of all steps"
+    assert train.learning_rate(share, 4) == 1.0, "a warm-up below 1 is a share of all steps"
     annealed = recipe | dict(anneal=True)
-    assert checkpoint.learning_rate(annealed, 50) == pytest.approx(1.1)
-    assert checkpoint.learning_rate(annealed, 100) == pytest.approx(0.2)
+    assert train.learning_rate(annealed, 50) == pytest.approx(1.1)
+    assert train.learning_rate(annealed, 100) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("n, expected", [(0, 0.1), (8, 0.5), (10 ** 6, 0.75)])
@@ -191,7 +192,7 @@ def test_the_optimiser_follows_the_recipe(runs):
     This holds for the annealed VAE and for MixAR.
     """
     for folder, kind in ((runs / "shapes" / "vae", "vae"), (runs / "shapes-dcmix", "mixar")):
-        rate = checkpoint.learning_rate(train.RECIPES["tiny"][kind] | dict(steps=2), 1)
+        rate = train.learning_rate(train.RECIPES["tiny"][kind] | dict(steps=2), 1)
         for group in weights(folder, "optimizer")["param_groups"]:
             assert group["lr"] == pytest.approx(rate)
 
@@ -769,7 +770,7 @@ def test_pictures_for_which_memory_is_missing_do_not_end_the_run(
     def save_figures(system, folder, seed):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sample, "save_figures", save_figures)
+    monkeypatch.setattr(output, "save_figures", save_figures)
     train.main(mixar(runs, tmp_path / "run", "--steps", 3, "--sample-every", 1))
     assert capsys.readouterr().out.count("out of memory: no pictures") == 3
     assert weights(tmp_path / "run", "step") == 3
@@ -871,9 +872,9 @@ def test_larger_presets_follow_mars_recipe(preset):
     assert recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02 and recipe["draws"] == 4
     assert train.CLIP == 3.0 and checkpoint.EMA_DECAY == 0.9999 and train.LABEL_DROP == 0.1
     recipe["steps"] = 1000
-    assert checkpoint.learning_rate(recipe, 124) == pytest.approx(4e-4)
-    assert checkpoint.learning_rate(recipe, 249) == pytest.approx(8e-4)
-    assert checkpoint.learning_rate(recipe, 999) == pytest.approx(8e-4)
+    assert train.learning_rate(recipe, 124) == pytest.approx(4e-4)
+    assert train.learning_rate(recipe, 249) == pytest.approx(8e-4)
+    assert train.learning_rate(recipe, 999) == pytest.approx(8e-4)
 
 
 def test_flags_win_over_the_recipe():
