@@ -683,7 +683,7 @@ def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
         rows = shipped(pictures, *more)
         return rows | {"indices": rows["indices"][:, :, :5]} if pictures.any() else rows
 
-    monkeypatch.setattr(dataset, "encode", too_low)
+    monkeypatch.setattr(tokenizers, "encode", too_low)
     with pytest.raises(ValueError):
         dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6
