@@ -498,8 +498,8 @@ def train_mixar(args, shared, run, tokens):
     prior_file = args.prior or shared / "prior"
     prior, saved = backbone.load_model(prior_file, "prior")
     disk.check_equal(prior_file, "tokens, bits and classes",
-                         (prior.N, prior.bits, prior.classes),
-                         (tokens.N, tokens.bits, len(tokens.classes)))
+                     (prior.N, prior.bits, prior.classes),
+                     (tokens.N, tokens.bits, len(tokens.classes)))
     if saved["meta"] is None:
         say(f"the classes of {prior_file} have no names: its first is taken to be "
             f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
@@ -565,7 +565,7 @@ def check_flags_in_advance(args, shared, run, classes):
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
             disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
-                                 (args.guidance, args.mix_at))
+                             (args.guidance, args.mix_at))
 
 
 def train_stages(args):
