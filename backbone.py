@@ -288,12 +288,12 @@ class MAR(nn.Module):
         config = dict(
             N=N, d_c=d_c, d_d=0, D=D, heads=heads_of(D), dropout=0.1, guidance="none",
             classes=len(state["class_emb.weight"]),
-            depth=tokenizers.count_modules(state, "encoder_blocks."),
+            depth=disk.count_modules(state, "encoder_blocks."),
             K=state["encoder_pos_embed_learned"].shape[1] - N,
-            head_depth=tokenizers.count_modules(state, "diffloss.net.res_blocks."),
+            head_depth=disk.count_modules(state, "diffloss.net.res_blocks."),
             head_width=len(state["diffloss.net.input_proj.weight"]),
         )
-        return tokenizers.build(cls, config, state)
+        return disk.build(cls, config, state)
 
 
 def gather(x, positions):
@@ -422,11 +422,11 @@ class MaskBitPrior(nn.Module):
             N=state["pos_emb"].shape[1] - 1, bits=bits, D=D, heads=heads_of(D), dropout=0.1,
             splits=bits // len(state["bits_to_indices"]),
             classes=len(state["class_emb.weight"]) - 1,
-            depth=tokenizers.count_modules(state, "transformer.layers."),
+            depth=disk.count_modules(state, "transformer.layers."),
             mlp=len(state["transformer.layers.0.1.net.0.weight"]),
             prenorm="norm_after_transformer.weight" in state,
         )
-        return tokenizers.build(cls, config, state)
+        return disk.build(cls, config, state)
 
 
 def heads_of(D):
@@ -440,23 +440,19 @@ def heads_of(D):
 KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixar=MAR)
 
 
-def load_model(path, kind, weights="ema"):
-    """The model saved at `path`, ready for inference, and its checkpoint dict.
+def load_model(path, kind):
+    """The model saved at `path`, its moving average, for inference, and its checkpoint dict.
 
     path: a checkpoint of train.py, its folder, or an official file
     kind: a key of KINDS
-    weights: "ema" for the moving average, "raw" for the last weights
     SystemExit with one line where it cannot be loaded.
     """
     saved = disk.load_checkpoint(path, kind)
     with disk.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
-            state = saved["ema"] if weights == "ema" else saved["model"]
-            return tokenizers.build(KINDS[kind], saved["config"], state), saved
+            return disk.build(KINDS[kind], saved["config"], saved["ema"]), saved
         # an official file holds its weights under one of these names, or bare
         wrappers = ["model_ema", "model", "state_dict"]
-        if weights == "raw":
-            wrappers.remove("model_ema")
         inner = next((saved[name] for name in wrappers if name in saved), saved)
         state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
         return KINDS[kind].from_official(state), dict(step=0, meta=None)

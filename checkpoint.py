@@ -3,7 +3,7 @@
 `Stage` says what is trained and what on. `State` is what a checkpoint holds, so a stopped run goes
 on from it to the same bits. `make_optimizer` is MAR's AdamW, or Muon for the blocks.
 
-Reads disk.py, tokenizers.py and backbone.py. Feeds train.py.
+Reads disk.py and backbone.py. Feeds train.py.
 With the paper open it can be skipped.
 Try: head runs/shapes-dcmix/log.csv
 """
@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import backbone
 import disk
-import tokenizers
 
 EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
@@ -109,12 +108,17 @@ class Stage:
         return self.folder / "last.pt"
 
 
+def finished(saved):
+    """Whether the stage behind a checkpoint has made all the steps of its last command."""
+    return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
+
+
 def read_stage(args, stage):
     """The checkpoint of a stage, and a text on how this command differs from the one that began it.
 
     Returns (None, "") if there is none. SystemExit if the stage was begun with another config or
     made from something else. SystemExit, too, if a finished tokenizer or prior would have to be
-    trained on, because tokens and runs were made with it.
+    trained further, because tokens and runs were made with it.
     """
     kind = stage.kind
     if not stage.path.is_file():
@@ -126,14 +130,15 @@ def read_stage(args, stage):
         step = int(saved["step"])
         old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         old["seed"] = saved["settings"]["seed"]
-        finished_for_good = step >= old["steps"] and kind != "mixar"
+        finished_for_good = finished(saved) and kind != "mixar"
         if not finished_for_good:
             # they decide about the pictures in each batch
             kept = kept | dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], kept)
     if finished_for_good and step < recipe["steps"]:
         raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
-                         f"is not trained on: choose another --runs, or --{kind}-steps {step}")
+                         "is not trained further: choose another --runs, or "
+                         f"--{kind}-steps {step}")
     new = dict(recipe, amp=args.amp, seed=args.seed)
     changes = ", ".join(disk.differences(old, new))
     return saved, f" (begun with {changes})" if changes else ""
@@ -180,7 +185,7 @@ class State:
     def load(self, saved):
         """Take over everything from a checkpoint of train.py."""
         for name, module in (("model", self.model), ("ema", self.ema)):
-            tokenizers.check_weights(module, saved[name])
+            disk.check_weights(module, saved[name])
             module.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, moments in self.optimizer.state.items():
@@ -190,7 +195,7 @@ class State:
         self.before = saved["ema_start"]
 
     def start_from(self, path):
-        """Begin with --init: train on where another run has ended, or from an official MAR."""
+        """Begin with --init: go on where another run has ended, or from an official MAR."""
         saved = disk.load_checkpoint(path, "mixar")
         with disk.reading(path, "mixar checkpoint that fits this run"):
             if "kind" in saved:

@@ -3,7 +3,7 @@
 The pictures are the embedded set `shapes`, class folders or MNIST-family files.
 
 n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads disk.py, tokenizers.py and picture files. Feeds train.py, sample.py and fid.py.
+Reads disk.py, tokenizers.py and picture files. Feeds train.py, sample.py, features.py and fid.py.
 With the paper open it can be skipped.
 Try: python train.py --data DIR --stage cache
 """
@@ -472,7 +472,7 @@ class Tokens:
             self.made_from = meta["made_from"]
             self.classes = meta["classes"]
             self.bits = meta["bits"]
-            self.mean, self.std = tokenizers.latent_statistics(meta["mean"], meta["std"])
+            self.mean, self.std = tokenizers.check_statistics(meta["mean"], meta["std"])
             self.rows = np.flatnonzero(arrays["status"] == 1)
             self.labels = arrays["labels"][self.rows]
             if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):

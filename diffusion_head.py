@@ -58,7 +58,7 @@ def respace(n):
 def coefficients(n, device="cpu"):
     """The coefficients of the n-step process, each (n,) float32, computed in float64.   [MAR]
 
-    t: the timesteps on the original scale 0 .. 999
+    t: the timesteps on the original scale 0 .. 999, int64
     sqrt_abar, sqrt_1m_abar: x_t = sqrt_abar x_0 + sqrt_1m_abar eps
     recip, recip_m1: x_0 = recip x_t - recip_m1 eps
     mean_x0, mean_xt: the posterior q(x_{t-1} | x_t, x_0) has the mean mean_x0 x_0 + mean_xt x_t
@@ -142,7 +142,8 @@ def variational_term(x, x_t, eps, v, t, c):
     """The term beside Eq. (5) that trains the variance, in bits.   [MAR]
 
     For t > 0 it is KL(true posterior || model's). At t = 0 it is the negative log-likelihood of x
-    in a bin of half-width 1/255. The mean of the channels is taken. eps gets no gradient from it.
+    in a bin of half-width 1/255, as ADM has it for pixels. The mean of the channels is taken. eps
+    gets no gradient from it.
 
     x, x_t, eps, v: (..., C)
     t: (...) int
@@ -247,7 +248,7 @@ class Denoiser(nn.Module):
         self.input_proj = linear(C, W)
         self.res_blocks = nn.ModuleList(ResBlock(W) for _ in range(depth))
         self.final_layer = FinalLayer(W, C)
-        # see MAR
+        # with this set, the backward pass computes the activations of the blocks a second time
         self.checkpoint_activations = False
 
     def forward(self, x, t, z):

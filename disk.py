@@ -1,4 +1,4 @@
-"""One rule for reading a file, and one for writing it.
+"""One rule for reading a file, and one for writing it. Weights become a model in `build`.
 
 Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
 do. A file is written whole or not at all, and never by two programs at once.
@@ -144,6 +144,40 @@ def load_checkpoint(path, kind):
         if found != kind:
             raise ValueError(f"it is a {found} checkpoint")
     return saved
+
+
+def build(cls, config, state):
+    """The model cls(**config) with the weights `state`, ready for inference.
+
+    ValueError naming a weight that is not finite or of another kind than the model's.
+    """
+    # a damaged config must not build millions of layers
+    for name in ("depth", "head_depth", "blocks"):
+        if config.get(name, 0) > len(state):
+            raise ValueError(f"{name} {config[name]} with {len(state)} weights")
+    # On the meta device no time is lost on initial weights.
+    with torch.device("meta"):
+        model = cls(**config)
+    check_weights(model, state)
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def check_weights(model, state):
+    """ValueError naming a weight in `state` that is not finite or of another kind than its own."""
+    for name, own in model.state_dict().items():
+        # a weight that is missing is reported by load_state_dict
+        value = state.get(name, own)
+        same_kind = value.is_floating_point() == own.is_floating_point()
+        if not same_kind or value.is_complex() or value.layout != torch.strided:
+            raise ValueError(f"{name} holds {value.layout} {value.dtype}")
+        if value is not own and not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+
+
+def count_modules(state, prefix):
+    """How many numbered modules lie under `prefix` in the state dict `state`."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def check_equal(path, what, found, expected):

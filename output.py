@@ -1,9 +1,9 @@
-"""What is written of pictures: grids with names, a gif, folders of png files, npz files.
+"""How pictures are written: grids with names, a gif, folders of png files, npz files.
 
 `to_bytes` and `truncate` round as the official codes do. `system` is always a `sample.System`.
 `sample_folder` goes on where a stopped command was.
 
-Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample.py and fid.py.
+Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample.py, fid.py and train.py.
 With the paper open it can be skipped.
 Try: python sample.py runs/shapes-dcmix --out fill.gif
 """

@@ -4,7 +4,8 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i).
 
-Reads the models, dataset.py, and the checkpoints of train.py. Feeds fid.py, which is next.
+Reads the models, dataset.py, output.py and the checkpoints of train.py. Feeds fid.py, and train.py
+with pictures of a run. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to predict.
@@ -224,7 +225,7 @@ class System:
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
-            self.mean, self.std = tokenizers.latent_statistics(
+            self.mean, self.std = tokenizers.check_statistics(
                 self.meta["latent_mean"], self.meta["latent_std"], self.device)
         self.prior_seconds = 0.0
         self.vae = self.load_part("vae", vae)

@@ -4,7 +4,7 @@
 tokens are bits. Both load the official files.
 
 B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads no other file. Feeds all that handle tokens. Read mixing.py next.
+Reads disk.py, which loads weights. Feeds all that handle tokens. Read mixing.py next.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
 Run from this folder, this module shadows the Hugging Face package of the same name.
 """
@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+
+import disk
 
 
 def reparameterize(mean, std, noise):
@@ -190,40 +192,6 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
     return encoder, decoder
 
 
-def build(cls, config, state):
-    """The model cls(**config) with the weights `state`, ready for inference.
-
-    ValueError naming a weight that is not finite or of another kind than the model's.
-    """
-    # a damaged config must not build millions of layers
-    for name in ("depth", "head_depth", "blocks"):
-        if config.get(name, 0) > len(state):
-            raise ValueError(f"{name} {config[name]} with {len(state)} weights")
-    # On the meta device no time is lost on initial weights.
-    with torch.device("meta"):
-        model = cls(**config)
-    check_weights(model, state)
-    model.to_empty(device="cpu").load_state_dict(state)
-    return model.eval().requires_grad_(False)
-
-
-def check_weights(model, state):
-    """ValueError naming a weight in `state` that is not finite or of another kind than its own."""
-    for name, own in model.state_dict().items():
-        # a weight that is missing is reported by load_state_dict
-        value = state.get(name, own)
-        same_kind = value.is_floating_point() == own.is_floating_point()
-        if not same_kind or value.is_complex() or value.layout != torch.strided:
-            raise ValueError(f"{name} holds {value.layout} {value.dtype}")
-        if value is not own and not value.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
-
-
-def count_modules(state, prefix):
-    """How many numbered modules lie under `prefix` in the state dict `state`."""
-    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
-
 # How official files name a part, and how we do.   [VA-VAE] [MAR] [MaskBit]
 RENAMED = {
     "mid.block_1": "mid.block.0", "mid.block_2": "mid.block.1", "mid.attn_1": "mid.attn.0",
@@ -237,9 +205,9 @@ def read_official(state):
     for official, own in RENAMED.items():
         state = {key.replace(official, own): value for key, value in state.items()}
     width = len(state["encoder.conv_in.weight"])
-    depth = range(count_modules(state, "encoder.down."))
+    depth = range(disk.count_modules(state, "encoder.down."))
     mult = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in depth]
-    blocks = count_modules(state, "encoder.down.0.block.")
+    blocks = disk.count_modules(state, "encoder.down.0.block.")
     return state, dict(width=width, mult=mult, blocks=blocks)
 
 
@@ -264,7 +232,7 @@ class KLVAE(nn.Module):
     def from_official(cls, state):
         """The model in an official file {name: tensor} of VA-VAE or KL-16.   [VA-VAE] [MAR]"""
         state, config = read_official(state)
-        last = count_modules(state, "decoder.up.") - 1
+        last = disk.count_modules(state, "decoder.up.") - 1
         ours = {}
         for key, value in state.items():
             # Official files count the decoder's levels from the full resolution.
@@ -275,8 +243,8 @@ class KLVAE(nn.Module):
             if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
                 ours[key] = value
         config["z"] = len(ours["post_quant_conv.weight"])
-        config["attn"] = count_modules(ours, "decoder.up.0.attn.") > 0
-        return build(cls, config, ours)
+        config["attn"] = disk.count_modules(ours, "decoder.up.0.attn.") > 0
+        return disk.build(cls, config, ours)
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance, (B, d_c, h, w)."""
@@ -306,7 +274,7 @@ class BitVQ(nn.Module):
         """The model in an official file {name: tensor} of MaskBit's tokenizer.   [MaskBit]"""
         state, config = read_official(state)
         config["bits"] = len(state["encoder.conv_out.weight"])
-        return build(cls, config, state)
+        return disk.build(cls, config, state)
 
     def encode(self, images):
         """images (B, 3, H, W) in [0, 1] -> z (B, d_d, h, w), whose signs are x_d."""
@@ -334,7 +302,7 @@ def encode(pictures, vae, vq, device, mirror):
     return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
 
 
-def latent_statistics(mean, std, device="cpu"):
+def check_statistics(mean, std, device="cpu"):
     """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
     mean = torch.tensor(mean, dtype=torch.float32, device=device)
     std = torch.tensor(std, dtype=torch.float32, device=device)

@@ -63,7 +63,8 @@ RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LAR
 def mixar_loss(model, batch, rng, step, prior, args):
     """The training step of the paper: the loss of a batch, a mean over its masked tokens.
 
-    batch: mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), the classes y (B,)
+    batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,), the
+        classes; B is this process's part of the batch
     rng: the random numbers of this step, see `Rng`
     prior: g_M of Eq. (11), needed with --ti-mix
     """
@@ -82,7 +83,8 @@ def mixar_loss(model, batch, rng, step, prior, args):
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
-    # t and noise are drawn image by image, then laid out as the rows of z[m]
+    # t and noise are drawn image by image, then laid out as the rows of z[m]: those of the first
+    # image, then those of the second, and so on
     n_masked = int(m[0].sum())                                               # N'
     t = (rng(torch.rand, R, n_masked) * T).long()                            # (B, R, N')
     t = t.transpose(0, 1).flatten(1)                                         # (R, B N')
@@ -262,7 +264,7 @@ def autocast(amp, device):
 
 
 class Rng:
-    """The random numbers of a step: a function of (seed, step).
+    """The random numbers of a step, but for dropout: a function of (seed, step).
 
     rng(f, *shape) draws f's numbers (B, *shape) for the whole batch and keeps the rows of this
     process, so that the number of processes changes nothing. With --accumulate it keeps those of
@@ -287,6 +289,7 @@ class Rng:
 
 @lru_cache(maxsize=1)
 def data_order(seed, epoch, n):
+    """The n pictures in the random order of an epoch."""
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
@@ -310,15 +313,15 @@ def step_batches(args, get_batch, n, B, step, parts):
     return batches
 
 
-def learning_rate(recipe, step):
+def learning_rate(recipe, step, before=0):
     """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
     warmup = recipe["warmup"]
     if warmup < 1:
         warmup *= recipe["steps"]
     rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
     if recipe["anneal"]:
-        # a run that --init trains on keeps the last rate of the run before it
-        progress = min(step / recipe["steps"], 1)
+        # a run that goes on from another one stays at the 10 %
+        progress = 1 if before > 0 else step / recipe["steps"]
         rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
     return rate
 
@@ -391,7 +394,7 @@ def train_steps(args, stage, state):
         # With --init, data order, random numbers, rate and average go on where the other run ended:
         # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
-        lr = learning_rate(recipe, total_step)
+        lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
@@ -426,10 +429,10 @@ def train_steps(args, stage, state):
 def is_done(args, stage):
     """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
     saved, begun = checkpoint.read_stage(args, stage)
-    recipe = args.recipe[stage.kind]
-    done = saved and saved["step"] >= saved["args"]["recipe"][stage.kind]["steps"]
+    done = saved and checkpoint.finished(saved)
     if done:
-        say(f"{stage.kind}: {saved['step']} of {recipe['steps']} steps are done{begun}")
+        steps = args.recipe[stage.kind]["steps"]
+        say(f"{stage.kind}: {saved['step']} of {steps} steps are done{begun}")
     return done
 
 
