@@ -230,7 +230,8 @@ def make(args):
     sound = out / "tests" / "sound.py"
     sound.write_text(unsound(sound.read_text(), args.equations))
     (out / "ASSIGNMENT.md").write_text(assignment(args.equations, out))
-    print(f"{out} holds Eqs. {args.equations}; {out / 'ASSIGNMENT.md'} tells students what to do")
+    numbers = ", ".join(f"({number})" for number in args.equations)
+    print(f"{out} holds Eqs. {numbers}; {out / 'ASSIGNMENT.md'} tells students what to do")
 
 
 ASSIGNMENT = """\
@@ -255,8 +256,9 @@ skipped: it waits for that one.
 
 ## How it is marked
 
-Each equation is put alone into right code: a mistake in one costs no points in another. Its points
-are the share of green tests among those that are red now. Hand in this folder, or only
+Each equation is put alone into right code: a mistake in one costs no points in another. Only a file
+that does not parse costs all its equations. Points are the share of green tests among those that
+are red now. Hand in this folder, or only
 {files}.
 
 ## Hints
@@ -386,6 +388,11 @@ def assemble(number, submission):
     student, problem = parse(submission / equation.file)
     if problem:
         return None, [problem]
+    ours = ast.parse((ROOT / equation.file).read_text())
+
+    def is_ours(function):
+        return ast.unparse(function) == ast.unparse(function_in(ours, function.name))
+
     problems = []
     written = []
     for name in equation.functions:
@@ -396,11 +403,14 @@ def assemble(number, submission):
             problems.append(problem)
             continue
         written.append(function)
-        function.args = right.args
-        function.returns = None
         teacher.body[teacher.body.index(right)] = function
     if not written:
         return None, problems
+    if not problems and all(map(is_ours, written)):
+        problems = ["word for word as in this repository: was it handed out?"]
+    for function in written:
+        function.args = function_in(ours, function.name).args
+        function.returns = None
     teacher.body += additions(student, teacher, written)
     return ast.unparse(teacher), problems
 
@@ -570,10 +580,25 @@ def write_whole(path, lines):
     os.replace(partial, path)
 
 
+def unpacked(folder):
+    """The folder, or the only one in it, and so on: unpacking often adds a folder around all."""
+    while folder.is_dir():
+        inside = list(folder.iterdir())
+        if len(inside) != 1 or not inside[0].is_dir():
+            break
+        folder = inside[0]
+    return folder
+
+
 def grade(args):
-    """Grade all submissions: a line each on the screen, a table, and a file of feedback each."""
+    """Grade all submissions: a line each on the screen, a table, and a file of feedback each.
+
+    Below a line stands what kept an equation from being tried.
+    """
     submissions = named(args.submissions)
     table = args.csv.resolve()
+    if table.exists():
+        raise SystemExit(f"{table} is there already: choose another --csv")
     feedback = table.parent / "feedback"
     for folder in submissions.values():
         for place in (table, feedback.resolve()):
@@ -584,19 +609,25 @@ def grade(args):
     bar = tqdm(total=len(submissions) * len(expected), unit="equation", disable=None)
     for name, folder in submissions.items():
         marks = {}
+        remarks = []
         page = [f"{name}: {folder}"]
         for number, tests in expected.items():
-            points, lines = grade_equation(number, folder, tests, args.seconds)
+            points, lines = grade_equation(number, unpacked(folder), tests, args.seconds)
             marks[number] = points
+            if not lines[0].endswith("are green"):
+                remarks.append(f"    ({number}) {lines[0]}")
             page += ["", f"Eq. ({number}) {EQUATIONS[number].title}: {points:g}", *lines]
             bar.update()
         total = sum(marks.values())
         shown = "  ".join(f"({number}) {points:.2f}" for number, points in marks.items())
         bar.write(f"{name:<20} {shown}  total {total:.2f} of {len(marks)}")
+        for remark in remarks:
+            bar.write(remark)
         table_lines.append(",".join([name, *map(str, marks.values()), f"{total:.2f}"]))
         write_whole(feedback / f"{name}.txt", page)
         write_whole(table, table_lines)
     bar.close()
+    print(f"marks: {table}; feedback to each student: {feedback}")
 
 
 # The command line

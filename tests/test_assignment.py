@@ -29,6 +29,8 @@ MODULES = {f"{module.__name__}.py": module
 ALL = assignment.in_order(assignment.EQUATIONS)
 FILES = sorted({Path(file).stem for number in ALL for file, _ in assignment.tests_of(number)})
 
+OURS = "word for word as in this repository: was it handed out?"
+
 # equation, a text that stands once in its function, the mistake
 MISTAKES = [
     (3, "label_smoothing=0.1", "label_smoothing=0.0"),
@@ -266,7 +268,7 @@ def test_right_functions_are_green_in_every_equation(put_in, tmp_path):
     """The solution, assembled as a submission, leaves every equation green."""
     for number in ALL:
         text, problems = assignment.assemble(number, ROOT)
-        assert problems == []
+        assert problems == [OURS]
         put_in(number, text)
     assert red_equations() == set()
 
@@ -279,7 +281,7 @@ def test_a_mistake_costs_its_own_equation_alone(put_in, tmp_path, number, old, n
     for other in ALL:
         if assignment.EQUATIONS[other].file == file:
             text, problems = assignment.assemble(other, folder)
-            assert problems == []
+            assert problems == ([] if other == number else [OURS])
             right, _ = assignment.assemble(other, ROOT)
             assert (text == right) == (other != number)
     text, _ = assignment.assemble(number, folder)
@@ -368,6 +370,7 @@ def graded(tmp_path_factory):
         hand_in(place / "prints", mixing=without_body("predict_masked", endless)),
         hand_in(place / "binary", mixing=bytes(range(256))),
         place / "nowhere",
+        hand_in(place / "wrapped" / "by" / "zip", mixing=source(11)).parent.parent,
     ]
     table = place / "marks" / "marks.csv"
     words = ["grade", *map(str, submissions), "--csv", str(table), "--equations", "11"]
@@ -390,16 +393,18 @@ def test_marks_are_a_row_each_and_feedback_a_file_each(graded):
     marks = {name: float(points) for name, points, _ in rows[1:]}
     names = [name for name in marks]
     assert [name.rpartition("-")[2] for name in names] == [
-        "mixar", "mixar", "exits", "prints", "binary", "nowhere"]
+        "mixar", "mixar", "exits", "prints", "binary", "nowhere", "wrapped"]
     assert names[0].endswith("one-mixar") and names[1].endswith("two-mixar")
     assert set(feedback) == {f"{name}.txt" for name in names}
     assert marks.pop(names[0]) == 1
+    assert marks.pop(names[-1]) == 1
     assert 0 < marks.pop(names[1]) < 1
     assert set(marks.values()) == {0}
 
 
 @pytest.mark.parametrize("student, line", [
     ("one-mixar", "7 of 7 tests are green"),
+    ("one-mixar", OURS),
     ("two-mixar", "Eq. (11): g_M is given the class and X_d' of Eq. (10)"),
     ("exits", "the program ended before its tests did"),
     ("prints", "prints or writes without end"),
@@ -450,6 +455,13 @@ def test_names_of_submissions_are_distinct_and_fit_for_files_and_tables():
         assert list(assignment.named(map(Path, given))) == expected
     alike = assignment.named([Path("/s/a b"), Path("/s/a_b"), Path("/s-a/b")])
     assert len(alike) == 3
+
+
+def test_a_table_of_marks_is_not_written_over(tmp_path):
+    (tmp_path / "marks.csv").write_text("name,total\n")
+    with pytest.raises(SystemExit, match="marks.csv is there already: choose another --csv"):
+        assignment.main(["grade", str(tmp_path), "--csv", str(tmp_path / "marks.csv")])
+    assert (tmp_path / "marks.csv").read_text() == "name,total\n"
 
 
 def test_a_table_inside_a_submission_is_refused(tmp_path):
