@@ -30,12 +30,12 @@ def check_mask(m, *tokens):
     tokens: tensors (B, N, d), all of one shape
     ValueError otherwise.
     """
-    if m.dtype != torch.bool or m.dim() != 2:
-        raise ValueError(f"the mask must be (B, N) bool, got {tuple(m.shape)} {m.dtype}")
-    for x in tokens:
-        if x.shape[:-1] != m.shape or x.shape != tokens[0].shape:
-            shapes = [tuple(x.shape) for x in tokens]
-            raise ValueError(f"tokens {shapes} do not fit the mask {tuple(m.shape)}")
+    is_mask = m.dtype == torch.bool and m.dim() == 2
+    fit = [x.shape[:-1] == m.shape and x.shape == tokens[0].shape for x in tokens]
+    if not is_mask or not all(fit):
+        shapes = [tuple(x.shape) for x in tokens]
+        raise ValueError(f"tokens {shapes} and the mask {tuple(m.shape)} {m.dtype} do not fit: "
+                         "expected (B, N, d), all of one shape, and (B, N) bool")
 
 
 def mask_ratio(u, low=0.7):
@@ -155,8 +155,7 @@ def ti_mix(x_d, x_hat, m, rho, lam):
     Returns x~_d (B, N, d_d). ValueError on any other shapes or lambda.
     """
     check_mask(m, x_d, x_hat)
-    if rho.shape != m.shape:
-        raise ValueError(f"rho {tuple(rho.shape)} does not fit the mask {tuple(m.shape)}")
+    check_mask(m, rho[..., None])
     if not 0 <= lam <= 1:
         raise ValueError(f"lambda must lie in [0, 1], got {lam}")
     generated = m & (rho >= lam)

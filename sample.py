@@ -403,14 +403,14 @@ def open_run(args):
     discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
     if discrete and not system.vq:
         raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
-    N = system.model.N
-    if system.settings["ar_steps"] > N:
-        raise SystemExit(f"--ar-steps {system.settings['ar_steps']}: more than the {N} tokens")
+    # every step of a sampler must find something to do
+    most = dict(ar_steps=system.model.N)
     if system.prior:
-        codes = system.prior.N * system.prior.splits
-        if system.settings["prior_steps"] > codes:
-            raise SystemExit(f"--prior-steps {system.settings['prior_steps']}: more than the "
-                             f"{codes} codes of a picture")
+        most["prior_steps"] = system.prior.N * system.prior.splits
+    for name, n in most.items():
+        if system.settings[name] > n:
+            raise SystemExit(f"--{name.replace('_', '-')} {system.settings[name]}: more than the "
+                             f"{n} that a picture has")
     return system
 
 

@@ -690,10 +690,11 @@ def settle(args):
     args.recipe = copy.deepcopy(RECIPES[args.preset])
     if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
         raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
-    if args.ti_mix and args.guidance == "none":
-        raise SystemExit("--ti-mix mixes X_d, which --guidance none does not use")
-    if args.mix_at == "encoder" and args.guidance != "dcmix":
-        raise SystemExit(f"--mix-at encoder is for --guidance dcmix, not {args.guidance}")
+    useless = {"--ti-mix": args.ti_mix and args.guidance == "none",
+               "--mix-at encoder": args.mix_at == "encoder" and args.guidance != "dcmix"}
+    for flag, is_useless in useless.items():
+        if is_useless:
+            raise SystemExit(f"{flag} means nothing with --guidance {args.guidance}: leave it out")
     steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
         recipe["steps"] = steps[kind] or recipe["steps"]

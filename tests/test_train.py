@@ -903,8 +903,8 @@ def test_flags_win_over_the_recipe():
 
 CONTRADICTIONS = [
     (["--preset", "base"], "--preset base trains MixAR alone: give --vae, --vq and --prior"),
-    (["--ti-mix", "--guidance", "none"], "--ti-mix mixes X_d"),
-    (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder is for"),
+    (["--ti-mix", "--guidance", "none"], "--ti-mix means nothing with --guidance none"),
+    (["--mix-at", "encoder", "--guidance", "dcsa"], "--mix-at encoder means nothing with --guidance dcsa"),
 ]
 
 
