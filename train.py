@@ -45,13 +45,13 @@ SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer st
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
 TINY_RECIPE = dict(
-    vae=dict(steps=300, batch=16, lr=1.5e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
+    vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
              decay=0.0),
     vq=dict(steps=400, batch=16, lr=1e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
             decay=0.0),
-    prior=dict(steps=500, batch=32, lr=7e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
+    prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
                decay=0.045),
-    mixar=dict(steps=850, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
+    mixar=dict(steps=900, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
 LARGE_RECIPE = dict(

@@ -68,7 +68,7 @@ AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
 # lengths of stage mixar, for FD against training time
-LENGTHS = (200, 400, 850, 1600)
+LENGTHS = (200, 400, 900)
 
 
 # the plan
