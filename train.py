@@ -43,20 +43,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
-# along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
+# along a cosine. `draws` is R.                                                [ours]
 TINY_RECIPE = dict(
-    vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
-             decay=0.0),
-    vq=dict(steps=400, batch=16, lr=1e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
-            decay=0.0),
-    prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
+    vae=dict(steps=1000, batch=16, lr=4e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
+    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
+    prior=dict(steps=2000, batch=32, lr=1e-3, warmup=50, anneal=True, betas=(0.9, 0.96),
                decay=0.045),
-    mixar=dict(steps=900, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
+    mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
 LARGE_RECIPE = dict(
-    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, muon=False, betas=(0.9, 0.95),
-               decay=0.02, draws=4))
+    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, betas=(0.9, 0.95), decay=0.02,
+               draws=4))
 RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
 
 
@@ -348,9 +346,7 @@ def update(args, ddp, state, batches, stop=False):
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        # Muon multiplies matrices
-        with autocast(args.amp, device):
-            state.optimizer.step()
+        state.optimizer.step()
     return loss, norm, stopping > 0
 
 

@@ -67,8 +67,6 @@ LONGER = 600
 AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
-# lengths of stage mixar, for FD against training time
-LENGTHS = (200, 400, 900)
 
 
 # the plan
@@ -150,15 +148,6 @@ def plan(data, seed):
     # which part of MixAR sees X_d
     for run in ("dcmix", "encoder"):
         rows.append(score(f"{run} sight", run, FEW))
-
-    # FD against training time
-    if data == "shapes":
-        rows.append(score("recipe discrete", "dcmix", FEW, "--decode", "discrete"))
-        for n in LENGTHS:
-            for guidance, chosen in (("none", "none"), ("dcmix", "guided")):
-                name = f"{guidance}-{n}"
-                rows.append(train(name, guidance, "--steps", str(n)))
-                rows.append(score(f"recipe {guidance} {n}", name, FEW, chosen=chosen))
 
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:
@@ -441,15 +430,6 @@ def x_d_alone(entries):
     return markdown(["FD of X_d alone", *DATA], rows)
 
 
-def efficiency(entries):
-    """FD against the length of stage mixar, and of X_d alone."""
-    rows = [["0: X_d alone", "", cell(found(entries, "shapes", "recipe discrete"))]]
-    for n in LENGTHS:
-        keys = [f"recipe {guidance} {n}" for guidance in ("none", "dcmix")]
-        rows.append([str(n), *(cell(found(entries, "shapes", key)) for key in keys)])
-    return markdown(["steps of stage mixar", "none", "dcmix"], rows)
-
-
 def ar_steps(entries):
     head = ["AR steps", "shapes, none", "shapes, dcmix"]
     head += ["fashion-mnist, none", "fashion-mnist, dcmix"]
@@ -479,7 +459,6 @@ def tables(entries):
         "Table 2": table_2(entries),
         "Figure 8": figure_8(entries),
         "X_d alone": x_d_alone(entries),
-        "efficiency": efficiency(entries),
         "AR steps": ar_steps(entries),
         "diffusion steps": diffusion_steps(entries),
     }

@@ -14,9 +14,9 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 PAPER = ["tokenizers", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
 # train.py ties everything together and is longer: the aim is 500 lines for it, too
-MOST_LINES = {"train.py": 715}
-MOST_TOKENS_OF_PAPER = 22_500
-MOST_TOKENS = 32_500
+MOST_LINES = {"train.py": 712}
+MOST_TOKENS_OF_PAPER = 21_200
+MOST_TOKENS = 32_150
 each_file = pytest.mark.parametrize("path", CODE, ids=NAMES)
 
 
