@@ -139,11 +139,12 @@ class State:
             disk.check_weights(module, saved[name])
             module.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for p, moments in self.optimizer.state.items():
+        for p in self.model.parameters():
+            moments = self.optimizer.state[p]
             if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
                 raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
-        self.step = saved["step"]
-        self.before = saved["ema_start"]
+        self.step = int(saved["step"])
+        self.before = int(saved["ema_start"])
 
     def start_from(self, path):
         """Begin with --init: go on where another run has ended, or from an official MAR."""
@@ -188,7 +189,8 @@ class Log:
         path = stage.folder / "log.csv"
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # neither the header nor a torn row
-        rows = [line for line in lines if line.count(",") == 5 and line[-1].isdigit()]
+        rows = [line for line in lines
+                if line.count(",") == 5 and line[0].isdigit() and line[-1].isdigit()]
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
         head = "step,loss,lr,grad_norm,images_per_second,seconds"
         text = "\n".join([head, *rows]) + "\n"

@@ -197,8 +197,7 @@ def read_idx(root, part, content, axes):
 class Idx:
     """MNIST-family files. Small pictures are padded with black to `size`, larger ones resized."""
 
-    # Digits and shoes point one way.
-    mirror = False
+    mirror = False                     # digits and shoes point one way
     clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
     # How the labels of Fashion-MNIST begin.
     fashion = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
@@ -264,7 +263,6 @@ class Shapes:
         round_tops = np.hypot(ax - 0.4, y - 0.3) - 0.566
         shaft = intersect(ax - 0.22, abs(y + 0.4) - 0.5)
         tip = intersect((ax + y - 0.9) / 1.414, -y)
-        # In the order of `classes`.
         return [
             r - 0.85,
             abs(r - 0.67) - 0.22,
@@ -408,7 +406,6 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     meta = disk.read_json(folder / "meta.json")
     made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq), data=source.data)
     if not meta:
-        # The row of a black picture tells the shapes.
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
         row = tokenizers.encode(black, vae, vq, device, source.mirror)
         row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
@@ -472,8 +469,12 @@ class Tokens:
             self.made_from = meta["made_from"]
             self.classes = meta["classes"]
             self.bits = meta["bits"]
-            self.mean, self.std = tokenizers.check_statistics(meta["mean"], meta["std"])
+            d_c = arrays["moments"].shape[2] // 2
+            self.mean, self.std = tokenizers.check_statistics(meta["mean"], meta["std"], d_c)
             self.rows = np.flatnonzero(arrays["status"] == 1)
+            complete = self.made_from.get("pictures", len(self.rows))
+            if len(self.rows) != complete:
+                raise ValueError(f"{len(self.rows)} of its {complete} pictures are there")
             self.labels = arrays["labels"][self.rows]
             if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
                 raise ValueError(f"labels.npy has classes beyond {len(self.classes)}")

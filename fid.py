@@ -225,6 +225,13 @@ def load_statistics(path, extractor):
     return dict(mu=mu, sigma=sigma, n=n, note=note)
 
 
+def check_enough(n, d, source, force):
+    """SystemExit if n pictures of a source are too few for a covariance of d features."""
+    if n <= (1 if force else d):
+        raise SystemExit(f"{source}: {n} pictures are too few for a covariance of {d} features; "
+                         f"take more than {d}, or with --force at least 2")
+
+
 @torch.no_grad()
 def measure(one, count, extractor, args, run=None, tokenizer=None):
     """The mean mu (d,) and covariance sigma (d, d) of a PictureSet's features, n, and a note.
@@ -245,6 +252,7 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
         raise SystemExit(f"{one.what} has {n} pictures, fewer than --count {count}")
     if run:
         note["source"] += f" reconstructed by the {tokenizer} of {args.pictures}"
+    check_enough(n, extractor.width, note["source"], args.force)
     rows = [np.zeros((0, extractor.width), np.float32)]
     logits = []
     skipped = []
@@ -263,9 +271,8 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
 
     rows = np.concatenate(rows).astype(np.float64)                   # (n, d)
     n, d = rows.shape
-    if n <= (1 if args.force else d):
-        raise SystemExit(f"{note['source']}: {n} pictures are too few for a covariance of {d} "
-                         f"features; take more than {d}, or with --force at least 2")
+    # unreadable ones are known only now
+    check_enough(n, d, note["source"], args.force)
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
     if n >= 10:
         note[extractor.score] = inception_score(np.concatenate(logits))
@@ -306,7 +313,7 @@ def parse(argv=None):
                    help="the same; a data set gives its held-out pictures (None: the data set of "
                    "the run A)")
     p.add_argument("--rfd", action="store_true", help="also B's pictures through the run's vae, vq")
-    p.add_argument("--features", default="classifier", metavar="WHICH",
+    p.add_argument("--features", default="classifier", metavar="WHICH", type=train.nonempty,
                    help="inception, classifier or a file of either")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"],
                    help="how Inception's input is resized")
@@ -317,8 +324,10 @@ def parse(argv=None):
                    help="of the samples of a run")
     p.add_argument("--batch-size", **count, default=80, help="pictures at once")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
-    p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
-    p.add_argument("--json", metavar="FILE.json", help="write the report there (None: print it)")
+    p.add_argument("--save-stats", metavar="FILE.npz", type=train.nonempty,
+                   help="write mu, sigma, n, extractor of A")
+    p.add_argument("--json", metavar="FILE.json", type=train.nonempty,
+                   help="write the report there (None: print it)")
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     return p.parse_args(argv)
 

@@ -226,7 +226,7 @@ class System:
             self.shared = self.path.parent / self.meta["shared"]
             self.files = dict(self.meta["files"])
             self.mean, self.std = tokenizers.check_statistics(
-                self.meta["latent_mean"], self.meta["latent_std"], self.device)
+                self.meta["latent_mean"], self.meta["latent_std"], model.d_c, self.device)
         self.prior_seconds = 0.0
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
@@ -365,7 +365,8 @@ def parse(argv=None):
     scale = dict(type=train.within(0), metavar="X")
     file = dict(type=train.nonempty, metavar="FILE")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
+    p.add_argument("run", type=train.nonempty,
+                   help="a run such as runs/shapes-dcmix, or an official MAR file")
     p.add_argument("--out", type=train.nonempty,
                    help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")

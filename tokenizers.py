@@ -302,10 +302,12 @@ def encode(pictures, vae, vq, device, mirror):
     return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
 
 
-def check_statistics(mean, std, device="cpu"):
+def check_statistics(mean, std, d_c, device="cpu"):
     """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
     mean = torch.tensor(mean, dtype=torch.float32, device=device)
     std = torch.tensor(std, dtype=torch.float32, device=device)
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError("mean and deviation of x_c must be finite, the deviation above 0")
+    finite = mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+    if not finite or not mean.shape == std.shape == (d_c,):
+        raise ValueError(f"mean and deviation of x_c must be {d_c} finite numbers, the deviation "
+                         "above 0")
     return mean, std

@@ -559,7 +559,7 @@ def check_flags_in_advance(args, shared, run, classes):
         if not file:
             continue
         # an official file has no config
-        config = disk.load_checkpoint(file, kind).get("config", {})
+        config = backbone.load_model(file, kind)[1].get("config", {})
         disk.check_equal(file, "classes", config.get("classes", classes), classes)
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))

@@ -106,6 +106,16 @@ def test_corrupt_picture_among_good_ones_is_counted_named_and_skipped(folder, tm
     assert dataset.Tokens(tmp_path / "out").rows.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_a_cache_that_lost_pictures_is_not_trained_on(tmp_path):
+    dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu")
+    status = np.load(tmp_path / "status.npy", mmap_mode="r+")
+    status[4:] = 0
+    status.flush()
+    words = "not a complete token cache.*4 of its 6 pictures are there"
+    with pytest.raises(SystemExit, match=words):
+        dataset.Tokens(tmp_path)
+
+
 def test_only_corrupt_pictures_is_an_error(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"no picture")

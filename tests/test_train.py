@@ -783,6 +783,30 @@ def test_pictures_for_which_memory_is_missing_do_not_end_the_run(
     assert weights(tmp_path / "run", "step") == 3
 
 
+@pytest.mark.parametrize("damage, words", [
+    (lambda saved: saved["optimizer"]["state"][0].pop("exp_avg"), "missing 'exp_avg'"),
+    (lambda saved: saved["optimizer"].update(state={}), "missing 'exp_avg'"),
+    (lambda saved: saved.update(ema_start="x"), "invalid literal"),
+])
+def test_a_damaged_state_is_one_line(runs, tmp_path, damage, words):
+    run = copy_run(runs, tmp_path / "run")
+    saved = torch.load(run / "last.pt", weights_only=True)
+    damage(saved)
+    torch.save(saved, run / "last.pt")
+    with pytest.raises(SystemExit, match=words) as error:
+        train.main(mixar(runs, run, "--steps", 3))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag, kind", [("--vq", "vq"), ("--prior", "prior"), ("--init", "mixar")])
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, flag, kind):
+    torch.save(dict(a=torch.zeros(1)), tmp_path / "no.pt")
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit, match=f"no.pt: not a {kind} checkpoint: missing"):
+        train.main(mixar(runs, tmp_path / "run", flag, tmp_path / "no.pt"))
+    assert not runs.exists()
+
+
 def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_pictures):
     run = copy_run(runs, tmp_path / "run")
     with (run / "log.csv").open("ab") as file:
@@ -811,6 +835,8 @@ def test_a_rank_without_torchrun_is_one_process(monkeypatch):
 def test_a_file_of_other_classes_is_refused_before_anything_is_trained(runs, tmp_path, flag, kind):
     saved = torch.load(runs / kind / "last.pt", weights_only=True)
     saved["config"]["classes"] = 7
+    for state in (saved["model"], saved["ema"]):
+        state["class_emb.weight"] = state["class_emb.weight"][:-3]
     torch.save(saved, tmp_path / "seven.pt")
     new = tmp_path / "runs"
     with pytest.raises(SystemExit, match="seven.pt has 7 classes; what it is used with has 10"):
