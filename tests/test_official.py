@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import backbone
+import disk
 import golden
 import output
 import sample
-import tokenizers
 
 # The configurations of the published models, by the names of their layouts: (kind, configuration).
 MAR = dict(N=256, d_c=16, classes=1000, K=64, guidance="none")
@@ -64,7 +64,7 @@ def full_size(name):
 
 def read_without_building(kind, state):
     """The class, its configuration and the weights that from_official makes of an official file."""
-    with mock.patch.object(tokenizers, "build", lambda *found: found):
+    with mock.patch.object(disk, "build", lambda *found: found):
         return backbone.KINDS[kind].from_official(state)
 
 

@@ -387,8 +387,8 @@ def spoil_step(saved):
     (spoil_complex, "z_proj.weight holds torch.strided torch.complex64"),
     (spoil_sparse, "z_proj.weight holds torch.sparse_coo torch.float32"),
     (spoil_depth, "depth 10000000 with [0-9]+ weights"),
-    (spoil_deviation, "must be finite, the deviation above 0"),
-    (spoil_mean, "must be finite, the deviation above 0"),
+    (spoil_deviation, "finite numbers, the deviation above 0"),
+    (spoil_mean, "finite numbers, the deviation above 0"),
     (spoil_step, "invalid literal for int"),
 ])
 def test_values_are_checked_once_where_they_enter(runs, tmp_path, spoil, words):
