@@ -311,16 +311,14 @@ def step_batches(args, get_batch, n, B, step, parts):
     return batches
 
 
-def learning_rate(recipe, step, before=0):
+def learning_rate(recipe, step):
     """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
     warmup = recipe["warmup"]
     if warmup < 1:
         warmup *= recipe["steps"]
     rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
     if recipe["anneal"]:
-        # a run that goes on from another one stays at the 10 %
-        progress = 1 if before > 0 else step / recipe["steps"]
-        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
+        rate *= 0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])
     return rate
 
 
@@ -390,7 +388,7 @@ def train_steps(args, stage, state):
         # With --init, data order, random numbers, rate and average go on where the other run ended:
         # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
-        lr = learning_rate(recipe, total_step, state.before)
+        lr = learning_rate(recipe, total_step)
         state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)

@@ -463,6 +463,13 @@ def test_distance_and_score_are_those_of_the_features_of_all_pictures(world, mea
     assert result["classifier_score"] == pytest.approx(score, rel=1e-6)
 
 
+def test_too_few_pictures_are_refused_before_any_is_drawn(world, measured, monkeypatch):
+    """A run takes minutes to sample: that 144 features need more than 100 is known before."""
+    monkeypatch.setattr(sample.System, "sample", None)
+    with pytest.raises(SystemExit, match="100 pictures are too few for a covariance of 144"):
+        measured(RUN, "idx", "--count", "100")
+
+
 def test_statistics_are_saved_and_read_back(measured, tmp_path):
     """Saved statistics stand for their pictures. Those of other features are refused."""
     file = tmp_path / "flat.npz"

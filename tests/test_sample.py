@@ -372,6 +372,10 @@ def spoil_deviation(saved):
     saved["meta"]["latent_std"][3] = 0.0
 
 
+def shorten_mean(saved):
+    saved["meta"]["latent_mean"].pop()
+
+
 def spoil_mean(saved):
     saved["meta"]["latent_mean"][3] = float("nan")
 
@@ -389,6 +393,7 @@ def spoil_step(saved):
     (spoil_depth, "depth 10000000 with [0-9]+ weights"),
     (spoil_deviation, "finite numbers, the deviation above 0"),
     (spoil_mean, "finite numbers, the deviation above 0"),
+    (shorten_mean, "8 finite numbers, the deviation above 0"),
     (spoil_step, "invalid literal for int"),
 ])
 def test_values_are_checked_once_where_they_enter(runs, tmp_path, spoil, words):
@@ -479,6 +484,13 @@ def test_numbers_that_sample_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit):
         sample.parse(["run", *flags])
     assert f"argument {flags[0]}: {words}" in capsys.readouterr().err
+
+
+def test_truth_of_more_pictures_than_are_held_out_is_refused(runs, tmp_path, monkeypatch):
+    three = dataset.open_source("shapes", "test", 32, 3)
+    monkeypatch.setattr(dataset, "open_source", lambda *given: three)
+    with pytest.raises(SystemExit, match="--truth --count 4: shapes does not hold out so many"):
+        sample.main(sampling(runs / "shapes-dcmix", tmp_path / "s", "--truth", "--count", 4))
 
 
 def test_more_prior_steps_than_codes_are_refused(runs):

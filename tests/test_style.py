@@ -14,7 +14,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 LAYOUT = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 PAPER = ["tokenizers", "mixing", "diffusion_head", "backbone", "train", "sample", "fid"]
 # train.py ties everything together and is longer: the aim is 500 lines for it, too
-MOST_LINES = {"train.py": 712}
+MOST_LINES = {"train.py": 710}
 MOST_TOKENS_OF_PAPER = 21_300
 MOST_TOKENS = 32_350
 each_file = pytest.mark.parametrize("path", CODE, ids=NAMES)

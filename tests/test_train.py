@@ -101,16 +101,6 @@ def test_a_stage_ends_the_command(runs, tmp_path):
     assert same_weights(weights(tmp_path / "shapes" / "vae"), weights(runs / "shapes" / "vae"))
 
 
-def test_init_keeps_the_rate_at_which_the_other_run_ended(runs, tmp_path, monkeypatch, no_pictures):
-    """An annealed rate stays at its tenth, however long this run is."""
-    monkeypatch.setattr(checkpoint, "LOG_EVERY", 1)
-    monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "warmup", 1)
-    monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "anneal", True)
-    train.main(mixar(runs, tmp_path / "run", "--init", runs / "shapes-dcmix", "--steps", 4))
-    rate = 0.1 * train.RECIPES["tiny"]["mixar"]["lr"]
-    assert [float(row["lr"]) for row in log_rows(tmp_path / "run")] == pytest.approx([rate] * 4)
-
-
 def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path, no_pictures):
     before = runs / "shapes-dcmix"
     flags = ["--ti-mix", "--init", before / "last.pt", "--steps", 1, "--lr", 0]
