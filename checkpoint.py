@@ -3,7 +3,7 @@
 `Stage` says what is trained and what on. `State` is what a checkpoint holds, so a stopped run goes
 on from it to the same bits. `make_optimizer` is MAR's AdamW.
 
-Reads disk.py and backbone.py. Feeds train.py.
+Reads disk.py and backbone.py. Feeds train.py and stages.py.
 With the paper open it can be skipped.
 Try: head runs/shapes-dcmix/log.csv
 """

@@ -3,7 +3,7 @@
 `to_bytes` and `truncate` round as the official codes do. `system` is always a `sample.System`.
 `sample_folder` goes on where a stopped command was.
 
-Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample.py, fid.py and train.py.
+Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample, stages and fid.py.
 With the paper open it can be skipped.
 Try: python sample.py runs/shapes-dcmix --out fill.gif
 """

@@ -4,8 +4,8 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i).
 
-Reads the models, dataset.py, output.py and the checkpoints of train.py. Feeds fid.py, and train.py
-with pictures of a run. It is the last of the paper's files.
+Reads the models, dataset.py, output.py and the checkpoints of train.py. Feeds fid.py, and
+stages.py with pictures of a run. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to predict.

@@ -1,13 +1,10 @@
 """Training: one loop for the four models, in the order of the paper's Fig. 3 (left).
 
-    vae, vq    the tokenizers, Eq. (7)          cache    x_c and x_d of every picture
-    prior      p_phi(X_d), Eq. (3)              mixar    p_theta(X_c | X_d), Eqs. (5) to (12)
+Here are the paper's losses, the loop (`fit`), torch.distributed, AMP and the flags. stages.py says
+what each model is trained on. A stopped run goes on where it was.
 
-Stages vae to prior lie in runs/DATA for all guidances, stage mixar in runs/DATA-GUIDANCE. A stopped
-run goes on where it was. torch.distributed and AMP are in this file, too.
-
-Reads all files but features.py and fid.py, writes runs/. Read `mixar_loss` first, then `fit`, then
-sample.py.
+Reads tokenizers.py, mixing.py and backbone.py, writes runs/. Read `mixar_loss` first, then `fit`,
+then sample.py.
 Try: torchrun train.py --guidance dcmix
 
 B global batch, N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
@@ -21,8 +18,7 @@ import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -31,7 +27,6 @@ from torch import nn
 
 import backbone
 import checkpoint
-import dataset
 import disk
 import mixing
 import tokenizers
@@ -101,7 +96,7 @@ def training_mask(u_ratio, u_code):
     return u_code < probability[:, None, None]
 
 
-def masked_loss(logits, codes):
+def code_loss(logits, codes):
     """Eq. (3): cross-entropy of all codes, hidden or not, with label smoothing 0.1.   [MaskBit]
 
     MaskBit takes the mean over all codes, where the paper has the sum over the hidden ones.
@@ -121,27 +116,7 @@ def prior_loss(model, batch, rng, step):
     shown = torch.where(hidden, 2 ** e, codes)                               # 2^e means "masked"
     x = tokenizers.codes_to_bits(shown, e)                                   # (B, N, bits)
     drop = rng(torch.rand) < LABEL_DROP
-    return masked_loss(model(x, y, drop), codes)
-
-
-def vae_loss(model, batch, rng, step):
-    """Squared error and KL. The released VAE has perceptual and adversarial terms, too.   [ours]"""
-    x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
-    mean, logvar = (a.float() for a in model.encode(x))
-    noise = rng(torch.randn, *mean.shape[1:])
-    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise))
-    kl = tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
-    return (x - y).square().mean() + 1e-4 * kl
-
-
-def vq_loss(model, batch, rng, step):
-    """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
-    x = batch[0]
-    z = model.encode(x).float()
-    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight through
-    codebook = model.quantize.codebook
-    commitment, per_token, of_mean = tokenizers.quantiser_losses(z, codebook, mean_over_ranks)
-    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_token - of_mean)
+    return code_loss(model(x, y, drop), codes)
 
 
 class Loss(nn.Module):
@@ -154,111 +129,6 @@ class Loss(nn.Module):
 
     def forward(self, *batch):
         return self.loss(self.model, *batch)
-
-
-def world():
-    """The rank of this process, and how many processes there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def say(text):
-    """Print a line, once for all processes."""
-    if world()[0] == 0:
-        print(text)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def mean_over_ranks(q):
-    """The mean of q over the processes; its gradient is that of this process's own q."""
-    if not dist.is_initialized():
-        return q
-    total = q.detach().clone()
-    dist.all_reduce(total)
-    # the value is the mean, the gradient that of q
-    return q + (total / dist.get_world_size() - q).detach()
-
-
-def parallel(module):
-    """The module in DistributedDataParallel, where there are several processes."""
-    return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
-
-
-def end_at_once_on_signal(received=()):
-    """Outside `fit`: from now on Ctrl-C or SIGTERM ends the program at once.
-
-    received: signals that came earlier; the first of them ends it now
-    """
-    def stop(number, frame):
-        if world()[0] == 0:
-            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    for number in SIGNALS:
-        signal.signal(number, stop)
-    for number in received:
-        stop(number, None)
-
-
-def finish_step_on_signal():
-    """In `fit`: from now on Ctrl-C or SIGTERM only adds its number to the list returned here.
-
-    The step is then finished and saved before the program ends.
-    """
-    received = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: received.append(number))
-    return received
-
-
-@contextmanager
-def end_in_one_line():
-    """Around a main: signals and errors of the operating system end it with one line.
-
-    Such an error is, for example, that the disk is full.
-    """
-    end_at_once_on_signal()
-    # file names may hold what the terminal cannot show
-    for stream in (sys.stdout, sys.stderr):
-        # a stream that was closed is None
-        if stream:
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except (OSError, MemoryError, OverflowError) as error:
-        reason = str(error) or type(error).__name__
-        raise SystemExit(f"cannot go on: {reason}; mend that, or choose other folders or numbers"
-                         ) from None
-
-
-@contextmanager
-def process_group():
-    """Inside, the processes that torchrun started are one group."""
-    if dist.is_torchelastic_launched():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # one process may draw pictures for hours while the others wait
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    yield
-    if dist.is_initialized():
-        # DistributedDataParallel lies in reference cycles and must go before its group
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def autocast(amp, device):
-    """The precision of --amp: auto is bf16 on CUDA and on CPUs that compute in it, else fp32."""
-    cpu = torch.cpu.get_capabilities()
-    has_bf16 = device.type == "cuda" or cpu.get("amx_tile") or cpu.get("avx512_bf16")
-    if amp == "auto" and not has_bf16:
-        amp = "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp != "fp32")
 
 
 class Rng:
@@ -420,193 +290,109 @@ def train_steps(args, stage, state):
         log.bar.close()
 
 
-def is_done(args, stage):
-    """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
-    saved, begun = checkpoint.read_stage(args, stage)
-    done = saved and checkpoint.finished(saved)
-    if done:
-        steps = args.recipe[stage.kind]["steps"]
-        say(f"{stage.kind}: {saved['step']} of {steps} steps are done{begun}")
-    return done
+def world():
+    """The rank of this process, and how many processes there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def train_tokenizer(args, shared, kind, source):
-    """Stage vae or vq, with a picture of originals above their reconstructions."""
-    import output                                                            # it imports this file
-
-    folder = shared / kind
-    figure = folder / "reconstructions.png"
-    stage = checkpoint.Stage(
-        kind=kind,
-        folder=folder,
-        config=backbone.PRESETS[args.preset][kind],
-        made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
-        loss=vae_loss if kind == "vae" else vq_loss,
-    )
-    if figure.is_file() and is_done(args, stage):
-        return
-    pixels, _ = dataset.read_all(source)
-
-    def get_batch(pictures, rng):
-        x = torch.tensor(pixels[pictures]).float() / 255
-        if source.mirror:
-            flip = rng(torch.rand).cpu() < 0.5
-            x = torch.where(flip[:, None, None, None], x.flip(3), x)
-        return (x.contiguous(memory_format=torch.channels_last),)
-
-    def preview(ema):
-        output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
-
-    # only now is it known which pictures cannot be read
-    stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
-    stage.meta = dict(skipped=source.skipped)
-    stage.n = len(pixels)
-    stage.get_batch = get_batch
-    stage.preview = preview
-    fit(args, stage)
-
-
-def train_prior(args, shared, tokens):
-    """Stage prior: p_phi(X_d) on the cached bits."""
-    config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
-    stage = checkpoint.Stage(
-        kind="prior",
-        folder=shared / "prior",
-        config=config | backbone.PRESETS[args.preset]["prior"],
-        made_from=dict(tokens=tokens.made_from),
-        loss=prior_loss,
-        n=tokens.n,
-        get_batch=tokens.batch,
-        meta=dict(tokens=tokens.made_from),
-    )
-    if not is_done(args, stage):
-        fit(args, stage)
-
-
-def train_mixar(args, shared, run, tokens):
-    """Stage mixar: p_theta(X_c | X_d), and pictures at its end."""
-    # they import this file
-    import output
-    import sample
-
-    if args.guidance == "dcmix" and tokens.bits > tokens.d_c:
-        raise SystemExit(f"--guidance dcmix: {tokens.bits} bits do not fit into {tokens.d_c} "
-                         "channels (Eq. 9); choose another guidance or another tokenizer")
-    prior_file = args.prior or shared / "prior"
-    prior, saved = backbone.load_model(prior_file, "prior")
-    disk.check_equal(prior_file, "tokens, bits and classes",
-                     (prior.N, prior.bits, prior.classes),
-                     (tokens.N, tokens.bits, len(tokens.classes)))
-    if saved["meta"] is None:
-        say(f"the classes of {prior_file} have no names: its first is taken to be "
-            f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
-    else:
-        with disk.reading(prior_file, "prior checkpoint"):
-            was = saved["meta"]["tokens"]
-            # a given prior may have seen other pictures, but its bits must mean the same
-            was = dict(vq=was["vq"]) if args.prior else was
-        disk.check_same(prior_file, was, tokens.made_from)
-    config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
-                  guidance=args.guidance, mix_at=args.mix_at)
-
-    # it reads what `fit` has just saved
-    def preview(ema):
-        system = sample.System(run, args.device, amp=args.amp)
-        if args.preset != "tiny":
-            # a look takes seconds then, not minutes
-            system.settings |= dict(ar_steps=16, diffusion_steps=25)
-        try:
-            output.save_figures(system, run, args.seed)
-        except torch.OutOfMemoryError:
-            print("out of memory: no pictures; sample.py makes them with a lower --batch-size")
-
-    fit(args, checkpoint.Stage(
-        kind="mixar",
-        folder=run,
-        config=config | backbone.PRESETS[args.preset]["mar"],
-        made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
-        loss=partial(mixar_loss, prior=prior.to(args.device), args=args),
-        n=tokens.n,
-        get_batch=tokens.batch,
-        preview=preview,
-        meta=sample.describe_run(args, shared, run, tokens, prior),
-    ))
-    say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
-
-
-def check_flags_in_advance(args, shared, run, classes):
-    """What a flag names is opened before anything is trained. SystemExit if it does not fit."""
-    pieces = world()[1] * args.accumulate
-    for kind, recipe in args.recipe.items():
-        if recipe["batch"] % pieces:
-            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
-                             f"{pieces}, the processes times --accumulate")
-    apart = [(run, shared)]
-    if args.data != "shapes":
-        apart += [(run, Path(args.data)), (shared, Path(args.data))]
-    for ours, other in apart:
-        if ours.is_file():
-            raise SystemExit(f"{ours} is a file; choose another --runs or --out")
-        a = ours.resolve()
-        b = other.resolve()
-        if a == b or a in b.parents or b in a.parents:
-            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
-                             "choose another --runs or --out")
-    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
-    for kind, file in given.items():
-        if not file:
-            continue
-        # an official file has no config
-        config = backbone.load_model(file, kind)[1].get("config", {})
-        disk.check_equal(file, "classes", config.get("classes", classes), classes)
-        if kind == "mixar":
-            found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
-            disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
-                             (args.guidance, args.mix_at))
-
-
-def train_stages(args):
-    """All stages up to --stage, but for those that are done or come as files."""
-    data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
-    shared = Path(args.runs) / data
-    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
-    size = backbone.PRESETS[args.preset]["size"]
-    source = dataset.open_source(args.data, "train", size, args.images)
-    check_flags_in_advance(args, shared, run, len(source.classes))
-    if args.mirror is not None:
-        source.mirror = args.mirror
-    say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
-    without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
-    if len(without):
-        say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
-    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
-        if file:
-            say(f"{kind}: {file}, not to be trained")
-    if not args.vae:
-        train_tokenizer(args, shared, "vae", source)
-    if args.stage == "vae":
-        return
-    if not args.vq:
-        train_tokenizer(args, shared, "vq", source)
-    if args.stage == "vq":
-        return
-    vq_file = args.vq or shared / "vq"
-    vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
-    vq, _ = backbone.load_model(vq_file, "vq")
-    disk.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
+def say(text):
+    """Print a line, once for all processes."""
     if world()[0] == 0:
-        vae.to(args.device)
-        vq.to(args.device)
-        with disk.locked(shared / "tokens"):
-            dataset.cache_tokens(shared / "tokens", source, vae, vq, args.device)
-    barrier()
-    if args.stage == "cache":
-        return
-    tokens = dataset.Tokens(shared / "tokens")
-    if not args.prior:
-        train_prior(args, shared, tokens)
-    if args.stage != "prior":
-        train_mixar(args, shared, run, tokens)
+        print(text)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(q):
+    """The mean of q over the processes; its gradient is that of this process's own q."""
+    if not dist.is_initialized():
+        return q
+    total = q.detach().clone()
+    dist.all_reduce(total)
+    # the value is the mean, the gradient that of q
+    return q + (total / dist.get_world_size() - q).detach()
+
+
+def parallel(module):
+    """The module in DistributedDataParallel, where there are several processes."""
+    return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
+
+
+def end_at_once_on_signal(received=()):
+    """Outside `fit`: from now on Ctrl-C or SIGTERM ends the program at once.
+
+    received: signals that came earlier; the first of them ends it now
+    """
+    def stop(number, frame):
+        if world()[0] == 0:
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    for number in received:
+        stop(number, None)
+
+
+def finish_step_on_signal():
+    """In `fit`: from now on Ctrl-C or SIGTERM only adds its number to the list returned here.
+
+    The step is then finished and saved before the program ends.
+    """
+    received = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
+@contextmanager
+def end_in_one_line():
+    """Around a main: signals and errors of the operating system end it with one line.
+
+    Such an error is, for example, that the disk is full.
+    """
+    end_at_once_on_signal()
+    # file names may hold what the terminal cannot show
+    for stream in (sys.stdout, sys.stderr):
+        # a stream that was closed is None
+        if stream:
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (OSError, MemoryError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise SystemExit(f"cannot go on: {reason}; mend that, or choose other folders or numbers"
+                         ) from None
+
+
+@contextmanager
+def process_group():
+    """Inside, the processes that torchrun started are one group."""
+    if dist.is_torchelastic_launched():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # one process may draw pictures for hours while the others wait
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    yield
+    if dist.is_initialized():
+        # DistributedDataParallel lies in reference cycles and must go before its group
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def autocast(amp, device):
+    """The precision of --amp: auto is bf16 on CUDA and on CPUs that compute in it, else fp32."""
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = device.type == "cuda" or cpu.get("amx_tile") or cpu.get("avx512_bf16")
+    if amp == "auto" and not has_bf16:
+        amp = "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp != "fp32")
 
 
 def within(low, high=math.inf, kind=float):
@@ -701,9 +487,11 @@ def settle(args):
 
 
 def main(argv=None):
+    import stages                                                            # it imports this file
+
     args = parse(argv)
     with end_in_one_line(), process_group():
-        train_stages(args)
+        stages.train_stages(args)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Equation:
 
 
 EQUATIONS = {
-    3: Equation("the prior's loss", "train.py", ["training_mask", "masked_loss"], [
+    3: Equation("the prior's loss", "train.py", ["training_mask", "code_loss"], [
         "One u sets the share of hidden codes of an image. Each code has a second u of its own.",
         "The share is acos(u) / (pi / 2). It lacks two axes to be compared with (B, N, S).",
         "torch has a cross-entropy that smooths labels. It wants one row of logits for each code.",

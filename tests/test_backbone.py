@@ -1026,15 +1026,15 @@ def test_eq03_golden_training_mask():
     assert torch.equal(masked, bit["trainmask_masked"])
 
 
-def test_eq03_golden_masked_loss():
+def test_eq03_golden_code_loss():
     """Eq. (3) as MaskBit trains it, and three of its gradients."""
     bit = golden.load("maskbit_generator_tiny")
-    loss = train.masked_loss(bit["logits_post"], bit["tokens"])
+    loss = train.code_loss(bit["logits_post"], bit["tokens"])
     assert golden.difference(loss, bit["mlm_loss"]) < 1e-5
 
     model = tiny_prior("post")
     logits = model(bit["input_bits"], bit["labels"], bit["drop_mask"])
-    train.masked_loss(logits, bit["tokens"]).backward()
+    train.code_loss(logits, bit["tokens"]).backward()
     found = {
         "input_proj": model.input_proj.weight.grad,
         "pos_emb": model.pos_emb.grad,

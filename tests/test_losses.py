@@ -16,6 +16,7 @@ import backbone
 import checkpoint
 import mixing
 import sample
+import stages
 import tokenizers
 import train
 
@@ -397,10 +398,10 @@ def test_eq03_the_codes_are_the_groups_of_bits_in_order():
     u_code = [[[0.1, 0.9]], [[0.9, 0.1]]]
     targets = []
 
-    def masked_loss(logits, codes):
+    def code_loss(logits, codes):
         targets.append(codes.tolist())
 
-    with mock.patch.object(train, "masked_loss", masked_loss):
+    with mock.patch.object(train, "code_loss", code_loss):
         train.prior_loss(model, batch, Given([], [[0.5, 0.5], u_code, LABEL_DROP]), 0)
     assert targets == [[[[1, 2]], [[3, 0]]]]
     assert model.x.tolist() == [[[0, 0, -1, 1]], [[1, 1, 0, 0]]]
@@ -426,7 +427,7 @@ def test_eq07_the_vae_learns_to_reconstruct_a_sample_of_its_posterior():
     """
     pictures = torch.full((1, 3, 2, 2), 0.75)
     noise = [[[[0.5]], [[0.5]]]]
-    loss = train.vae_loss(TinyVAE(), (pictures,), Given([noise]), 0)
+    loss = stages.vae_loss(TinyVAE(), (pictures,), Given([noise]), 0)
     kl = 0.5 * (4 + 4 - 1 - math.log(4))
     assert loss.item() == pytest.approx((0.5 - 3) ** 2 + 1e-4 * kl)
 
@@ -455,7 +456,7 @@ def test_eq07_the_bit_tokenizer_learns_straight_through_its_bits():
     z = torch.tensor([0.003, -0.002, -0.004, 0.001]).view(1, 2, 1, 2).requires_grad_()
     codebook = tokenizers.codes_to_bits(torch.arange(4)[:, None], 2)
     pictures = torch.full((1, 3, 2, 2), 0.25)
-    loss = train.vq_loss(TinyBitTokenizer(z, codebook), (pictures,), None, 0)
+    loss = stages.vq_loss(TinyBitTokenizer(z, codebook), (pictures,), None, 0)
     grad, = torch.autograd.grad(loss, z)
 
     commitment, per_sample, average = tokenizers.quantiser_losses(z, codebook)

@@ -31,6 +31,7 @@ import diffusion_head
 import fid
 import mixing
 import sample
+import stages
 import sound
 import test_backbone
 import tokenizers
@@ -160,12 +161,12 @@ def red_with(monkeypatch, owner, name, wrong):
 
 # Eq. (3)
 
-@mistake(3, train, "masked_loss")
+@mistake(3, train, "code_loss")
 def without_label_smoothing(logits, codes):
     return cross_entropy(logits.flatten(0, 2), codes.flatten())
 
 
-@mistake(3, train, "masked_loss")
+@mistake(3, train, "code_loss")
 def sum_over_codes(logits, codes):
     flat = logits.flatten(0, 2)
     return cross_entropy(flat, codes.flatten(), label_smoothing=0.1, reduction="sum")
@@ -889,7 +890,7 @@ LINES = [
     (3, train, "prior_loss", "rng(torch.rand), ", "rng(torch.rand)[:1].expand(len(y)), "),
     (3, train, "prior_loss", "2 ** e, codes)", "2 ** e, codes).where(hidden.all(-1, True), codes)"),
     (3, train, "training_mask", "torch.acos", "torch.asin"),
-    (3, train, "masked_loss", "codes.flatten()", "codes.transpose(1, 2).flatten()"),
+    (3, train, "code_loss", "codes.flatten()", "codes.transpose(1, 2).flatten()"),
     (3, backbone.MaskBitPrior, "forward", "[:, :-1]", "[:, 1:]"),
     (3, backbone.MaskBitPrior, "forward", "self.first_layer(x + self.pos_emb)",
      "self.first_layer(x)"),
@@ -1062,13 +1063,13 @@ LINES = [
     (7, train, "mixar_loss", "tokenizers.reparameterize(mean, std, rng(torch.randn, N, d_c))",
      "mean"),
     (7, train, "mixar_loss", "rng(torch.randn, N, d_c)", "rng(torch.randn, 1, d_c)"),
-    (7, train, "vae_loss", "(0.5 * logvar).exp()", "logvar.exp()"),
-    (7, train, "vae_loss", "batch[0] * 2 - 1", "batch[0]"),
-    (7, train, "vae_loss", "1e-4 * kl", "kl"),
-    (7, train, "vae_loss", "tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise)", "mean"),
-    (7, train, "vq_loss", "(tokenizers.quantise(z) - z).detach()", "0 * z"),
-    (7, train, "vq_loss", "(tokenizers.quantise(z) - z).detach()", "tokenizers.quantise(z) - z"),
-    (7, train, "vq_loss", "per_token - of_mean", "per_token + of_mean"),
+    (7, stages, "vae_loss", "(0.5 * logvar).exp()", "logvar.exp()"),
+    (7, stages, "vae_loss", "batch[0] * 2 - 1", "batch[0]"),
+    (7, stages, "vae_loss", "1e-4 * kl", "kl"),
+    (7, stages, "vae_loss", "tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise)", "mean"),
+    (7, stages, "vq_loss", "(tokenizers.quantise(z) - z).detach()", "0 * z"),
+    (7, stages, "vq_loss", "(tokenizers.quantise(z) - z).detach()", "tokenizers.quantise(z) - z"),
+    (7, stages, "vq_loss", "per_token - of_mean", "per_token + of_mean"),
     (7, sample.System, "decode_continuous", "x_c * self.std + self.mean",
      "(x_c + self.mean) * self.std"),
     (7, sample.System, "decode_continuous", "x_c * self.std + self.mean", "x_c"),
@@ -1137,7 +1138,7 @@ LINES = [
 
 # the functions that a reader may write again
 FUNCTIONS = [
-    (3, train, "training_mask"), (3, train, "masked_loss"), (3, train, "prior_loss"),
+    (3, train, "training_mask"), (3, train, "code_loss"), (3, train, "prior_loss"),
     (3, backbone.MaskBitPrior, "forward"),
     (4, sample, "least_certain"), (4, sample, "prior_guidance"), (4, sample, "sample_prior"),
     (5, diffusion_head, "add_noise"), (5, diffusion_head, "denoising_loss"),
@@ -1149,7 +1150,7 @@ FUNCTIONS = [
     (6, sample, "hidden_after"), (6, sample, "generate"),
     (7, tokenizers, "reparameterize"), (7, tokenizers, "quantise"),
     (7, tokenizers, "kl_to_normal"), (7, tokenizers.KLVAE, "encode"),
-    (7, tokenizers.BitVQ, "encode"), (7, train, "vae_loss"), (7, train, "vq_loss"),
+    (7, tokenizers.BitVQ, "encode"), (7, stages, "vae_loss"), (7, stages, "vq_loss"),
     (8, mixing, "mask_ratio"), (8, mixing, "hide"), (8, mixing, "sample_mask"),
     (9, mixing, "pad"), (9, mixing, "dc_mix"), (9, backbone.MAR, "mix"),
     (10, mixing, "mask_discrete"),

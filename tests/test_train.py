@@ -26,6 +26,7 @@ import golden
 import running
 import output
 import sample
+import stages
 import train
 from running import SMALL, mixar, same_weights, sampling, weights
 
@@ -385,7 +386,7 @@ def fresh_model(kind):
 
 def loss_of(kind):
     mixar_loss = partial(train.mixar_loss, prior=None, args=train.parse([]))
-    losses = dict(vae=train.vae_loss, vq=train.vq_loss, prior=train.prior_loss, mixar=mixar_loss)
+    losses = dict(vae=stages.vae_loss, vq=stages.vq_loss, prior=train.prior_loss, mixar=mixar_loss)
     return losses[kind]
 
 
@@ -975,7 +976,7 @@ def test_a_wrong_folder_is_one_line_without_traceback(runs, tmp_path):
 def test_more_bits_than_channels_is_one_line(tmp_path):
     tokens = SimpleNamespace(bits=8, d_c=4)
     with pytest.raises(SystemExit, match="dcmix: 8 bits do not fit into 4 channels") as error:
-        train.train_mixar(train.parse([]), tmp_path, tmp_path / "run", tokens)
+        stages.train_mixar(train.parse([]), tmp_path, tmp_path / "run", tokens)
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,228 @@
+"""The stages: what each of the four models is trained on, and in which order. Section 4.
+
+    vae, vq    pixels -> the tokenizers, Eq. (7)     cache    the tokens of every picture
+    prior      X_d -> p_phi(X_d)                     mixar    X_c and X_d -> p_theta(X_c | X_d)
+
+`train_stages` is what `torchrun train.py` does. A stage that is done is used, not trained again.
+
+Reads train.py (the paper's losses, `fit`), dataset.py, checkpoint.py, sample.py and output.py.
+Feeds train.py, whose `main` calls it. With the paper open it can be skipped.
+Try: python train.py --stage vae
+"""
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import backbone
+import checkpoint
+import dataset
+import disk
+import output
+import sample
+import tokenizers
+import train
+
+
+def vae_loss(model, batch, rng, step):
+    """Squared error and KL. The released VAE has perceptual and adversarial terms, too.   [ours]"""
+    x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
+    mean, logvar = (a.float() for a in model.encode(x))
+    noise = rng(torch.randn, *mean.shape[1:])
+    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise))
+    kl = tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
+    return (x - y).square().mean() + 1e-4 * kl
+
+
+def vq_loss(model, batch, rng, step):
+    """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
+    x = batch[0]
+    z = model.encode(x).float()
+    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight through
+    codebook = model.quantize.codebook
+    commitment, per_token, of_mean = tokenizers.quantiser_losses(z, codebook, train.mean_over_ranks)
+    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_token - of_mean)
+
+
+def is_done(args, stage):
+    """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
+    saved, begun = checkpoint.read_stage(args, stage)
+    done = saved and checkpoint.finished(saved)
+    if done:
+        steps = args.recipe[stage.kind]["steps"]
+        train.say(f"{stage.kind}: {saved['step']} of {steps} steps are done{begun}")
+    return done
+
+
+def train_tokenizer(args, shared, kind, source):
+    """Stage vae or vq, with a picture of originals above their reconstructions."""
+    folder = shared / kind
+    figure = folder / "reconstructions.png"
+    stage = checkpoint.Stage(
+        kind=kind,
+        folder=folder,
+        config=backbone.PRESETS[args.preset][kind],
+        made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
+        loss=vae_loss if kind == "vae" else vq_loss,
+    )
+    if figure.is_file() and is_done(args, stage):
+        return
+    pixels, _ = dataset.read_all(source)
+
+    def get_batch(pictures, rng):
+        x = torch.tensor(pixels[pictures]).float() / 255
+        if source.mirror:
+            flip = rng(torch.rand).cpu() < 0.5
+            x = torch.where(flip[:, None, None, None], x.flip(3), x)
+        return (x.contiguous(memory_format=torch.channels_last),)
+
+    def preview(ema):
+        output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
+
+    # only now is it known which pictures cannot be read
+    stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
+    stage.meta = dict(skipped=source.skipped)
+    stage.n = len(pixels)
+    stage.get_batch = get_batch
+    stage.preview = preview
+    train.fit(args, stage)
+
+
+def train_prior(args, shared, tokens):
+    """Stage prior: p_phi(X_d) on the cached bits."""
+    config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
+    stage = checkpoint.Stage(
+        kind="prior",
+        folder=shared / "prior",
+        config=config | backbone.PRESETS[args.preset]["prior"],
+        made_from=dict(tokens=tokens.made_from),
+        loss=train.prior_loss,
+        n=tokens.n,
+        get_batch=tokens.batch,
+        meta=dict(tokens=tokens.made_from),
+    )
+    if not is_done(args, stage):
+        train.fit(args, stage)
+
+
+def train_mixar(args, shared, run, tokens):
+    """Stage mixar: p_theta(X_c | X_d), and pictures at its end."""
+    if args.guidance == "dcmix" and tokens.bits > tokens.d_c:
+        raise SystemExit(f"--guidance dcmix: {tokens.bits} bits do not fit into {tokens.d_c} "
+                         "channels (Eq. 9); choose another guidance or another tokenizer")
+    prior_file = args.prior or shared / "prior"
+    prior, saved = backbone.load_model(prior_file, "prior")
+    disk.check_equal(prior_file, "tokens, bits and classes",
+                     (prior.N, prior.bits, prior.classes),
+                     (tokens.N, tokens.bits, len(tokens.classes)))
+    if saved["meta"] is None:
+        train.say(f"the classes of {prior_file} have no names: its first is taken to be "
+            f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
+    else:
+        with disk.reading(prior_file, "prior checkpoint"):
+            was = saved["meta"]["tokens"]
+            # a given prior may have seen other pictures, but its bits must mean the same
+            was = dict(vq=was["vq"]) if args.prior else was
+        disk.check_same(prior_file, was, tokens.made_from)
+    config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
+                  guidance=args.guidance, mix_at=args.mix_at)
+
+    # it reads what `fit` has just saved
+    def preview(ema):
+        system = sample.System(run, args.device, amp=args.amp)
+        if args.preset != "tiny":
+            # a look takes seconds then, not minutes
+            system.settings |= dict(ar_steps=16, diffusion_steps=25)
+        try:
+            output.save_figures(system, run, args.seed)
+        except torch.OutOfMemoryError:
+            print("out of memory: no pictures; sample.py makes them with a lower --batch-size")
+
+    train.fit(args, checkpoint.Stage(
+        kind="mixar",
+        folder=run,
+        config=config | backbone.PRESETS[args.preset]["mar"],
+        made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
+        loss=partial(train.mixar_loss, prior=prior.to(args.device), args=args),
+        n=tokens.n,
+        get_batch=tokens.batch,
+        preview=preview,
+        meta=sample.describe_run(args, shared, run, tokens, prior),
+    ))
+    train.say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
+
+
+def check_flags_in_advance(args, shared, run, classes):
+    """What a flag names is opened before anything is trained. SystemExit if it does not fit."""
+    pieces = train.world()[1] * args.accumulate
+    for kind, recipe in args.recipe.items():
+        if recipe["batch"] % pieces:
+            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
+                             f"{pieces}, the processes times --accumulate")
+    apart = [(run, shared)]
+    if args.data != "shapes":
+        apart += [(run, Path(args.data)), (shared, Path(args.data))]
+    for ours, other in apart:
+        if ours.is_file():
+            raise SystemExit(f"{ours} is a file; choose another --runs or --out")
+        a = ours.resolve()
+        b = other.resolve()
+        if a == b or a in b.parents or b in a.parents:
+            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
+                             "choose another --runs or --out")
+    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in given.items():
+        if not file:
+            continue
+        # an official file has no config
+        config = backbone.load_model(file, kind)[1].get("config", {})
+        disk.check_equal(file, "classes", config.get("classes", classes), classes)
+        if kind == "mixar":
+            found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
+            disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
+                             (args.guidance, args.mix_at))
+
+
+def train_stages(args):
+    """All stages up to --stage, but for those that are done or come as files."""
+    data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
+    shared = Path(args.runs) / data
+    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    size = backbone.PRESETS[args.preset]["size"]
+    source = dataset.open_source(args.data, "train", size, args.images)
+    check_flags_in_advance(args, shared, run, len(source.classes))
+    if args.mirror is not None:
+        source.mirror = args.mirror
+    train.say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
+    without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
+    if len(without):
+        train.say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
+    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
+        if file:
+            train.say(f"{kind}: {file}, not to be trained")
+    if not args.vae:
+        train_tokenizer(args, shared, "vae", source)
+    if args.stage == "vae":
+        return
+    if not args.vq:
+        train_tokenizer(args, shared, "vq", source)
+    if args.stage == "vq":
+        return
+    vq_file = args.vq or shared / "vq"
+    vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
+    vq, _ = backbone.load_model(vq_file, "vq")
+    disk.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
+    if train.world()[0] == 0:
+        vae.to(args.device)
+        vq.to(args.device)
+        with disk.locked(shared / "tokens"):
+            dataset.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+    train.barrier()
+    if args.stage == "cache":
+        return
+    tokens = dataset.Tokens(shared / "tokens")
+    if not args.prior:
+        train_prior(args, shared, tokens)
+    if args.stage != "prior":
+        train_mixar(args, shared, run, tokens)
