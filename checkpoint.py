@@ -1,7 +1,7 @@
 """A model in training: its stage, optimiser, moving average, checkpoint and log.
 
 `Stage` says what is trained and what on. `State` is what a checkpoint holds, so a stopped run goes
-on from it to the same bits. `make_optimizer` is MAR's AdamW.
+on from it to the same bits. `make_optimizer` is MAR's AdamW, or Muon for the blocks.
 
 Reads disk.py and backbone.py. Feeds train.py and stages.py.
 With the paper open it can be skipped.
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -24,14 +25,63 @@ EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [
 LOG_EVERY = 10               # steps between rows of log.csv
 
 
+def orthogonal(g):
+    """About U V^T for a matrix g = U S V^T, by five Newton-Schulz steps.   [Muon]"""
+    wide = g if len(g) <= g.shape[1] else g.T
+    x = nn.functional.normalize(wide, dim=(0, 1))
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is g else x.T
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
+
+    The entries of such an update are as large as AdamW's, so that both take the same rate.
+    torch.optim.Muon computes in bf16, which takes a second a step on CPUs without it. This one
+    computes in the precision of --amp, so a step is made inside `train.autocast`.
+
+    matrices: the set of these parameters; kernels of convolutions are taken as matrices
+    """
+
+    def __init__(self, groups, matrices, **settings):
+        super().__init__(groups, **settings)
+        self.matrices = matrices
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in self.matrices.intersection(group["params"]):
+                if p not in self.state:
+                    # named as AdamW's, which must find a step
+                    self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
+                direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(direction.shape) ** 0.5
+                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
+                # AdamW then leaves it alone
+                p.grad = None
+        super().step()
+
+
 def make_optimizer(model, recipe):
-    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]"""
+    """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]
+
+    With `muon`, the matrices of all blocks get Muon's updates, also those of the head.   [ours]
+    """
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "diffloss" in name]
     groups = [dict(params=decayed, weight_decay=recipe["decay"]),
               dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    if not recipe["muon"]:
+        return torch.optim.AdamW(groups, **settings)
+    blocks = ("blocks.", "layers.", "block.")
+    matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
+    return Muon(groups, matrices, **settings)
 
 
 def update_ema(ema, model, n, decay=EMA_DECAY):
@@ -141,7 +191,9 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         for p in self.model.parameters():
             moments = self.optimizer.state[p]
-            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+            # Muon has no second one
+            second = moments.get("exp_avg_sq", moments["exp_avg"])
+            if not moments["exp_avg"].shape == second.shape == p.shape:
                 raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
         self.step = int(saved["step"])
         self.before = int(saved["ema_start"])

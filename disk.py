@@ -134,12 +134,13 @@ def load_checkpoint(path, kind):
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             except pickle.UnpicklingError as error:
-                found = re.search(r"GLOBAL (\S+)", str(error))
-                if not found:
-                    raise ValueError("it is no file of weights") from None
-                raise ValueError(f"it holds a {found[1]}, which could run code when loaded; if you "
-                                 "trust it, load it with weights_only=False and save its "
-                                 "state_dict alone") from None
+                code = re.search(r"GLOBAL (\S+)", str(error))
+                reason = "it is no file of weights"
+                if code:
+                    reason = (f"it holds a {code[1]}, which could run code when loaded; if you "
+                              "trust it, load it with weights_only=False and save its state_dict "
+                              "alone")
+                raise ValueError(reason) from None
         found = saved.get("kind", kind)
         if found != kind:
             raise ValueError(f"it is a {found} checkpoint")

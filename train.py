@@ -38,18 +38,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
-# along a cosine. `draws` is R.                                                [ours]
+# along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
 TINY_RECIPE = dict(
-    vae=dict(steps=1000, batch=16, lr=4e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
-    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, betas=(0.9, 0.95), decay=0.0),
-    prior=dict(steps=2000, batch=32, lr=1e-3, warmup=50, anneal=True, betas=(0.9, 0.96),
+    vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
+             decay=0.0),
+    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, muon=False, betas=(0.9, 0.95),
+            decay=0.0),
+    prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
                decay=0.045),
-    mixar=dict(steps=2200, batch=32, lr=6e-4, warmup=50, anneal=False, betas=(0.9, 0.95),
+    mixar=dict(steps=900, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
 LARGE_RECIPE = dict(
-    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, betas=(0.9, 0.95), decay=0.02,
-               draws=4))
+    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, muon=False, betas=(0.9, 0.95),
+               decay=0.02, draws=4))
 RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
 
 
@@ -76,8 +78,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
-    # t and noise are drawn image by image, then laid out as the rows of z[m]: those of the first
-    # image, then those of the second, and so on
+    # drawn image by image, then laid out as the rows of z[m], one image after the other
     n_masked = int(m[0].sum())                                               # N'
     t = (rng(torch.rand, R, n_masked) * T).long()                            # (B, R, N')
     t = t.transpose(0, 1).flatten(1)                                         # (R, B N')
@@ -181,14 +182,18 @@ def step_batches(args, get_batch, n, B, step, parts):
     return batches
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit]."""
+def learning_rate(recipe, step, before=0):
+    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit].
+
+    before: steps of the run that --init goes on from; after it an annealed rate stays low
+    """
     warmup = recipe["warmup"]
     if warmup < 1:
         warmup *= recipe["steps"]
     rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
     if recipe["anneal"]:
-        rate *= 0.55 + 0.45 * math.cos(math.pi * step / recipe["steps"])
+        progress = 1 if before > 0 else step / recipe["steps"]
+        rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
     return rate
 
 
@@ -214,7 +219,8 @@ def update(args, ddp, state, batches, stop=False):
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        state.optimizer.step()
+        with autocast(args.amp, device):
+            state.optimizer.step()
     return loss, norm, stopping > 0
 
 
@@ -243,13 +249,15 @@ def fit(args, stage):
 
 def train_steps(args, stage, state):
     """The steps of a stage that are missing. A signal ends it when the step is done and saved."""
-    rank, _ = world()
+    rank, ranks = world()
     kind = stage.kind
     recipe = args.recipe[kind]
     steps = recipe["steps"]
     # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
     parts = 1 if kind == "vq" else args.accumulate
-    ddp = parallel(Loss(state.model.train(), stage.loss))
+    ddp = Loss(state.model.train(), stage.loss)
+    if ranks > 1:
+        ddp = nn.parallel.DistributedDataParallel(ddp)
     log = checkpoint.Log(args, stage, state.step) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
     received = finish_step_on_signal()
@@ -258,7 +266,7 @@ def train_steps(args, stage, state):
         # With --init, data order, random numbers, rate and average go on where the other run ended:
         # they take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
-        lr = learning_rate(recipe, total_step)
+        lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
@@ -316,11 +324,6 @@ def mean_over_ranks(q):
     dist.all_reduce(total)
     # the value is the mean, the gradient that of q
     return q + (total / dist.get_world_size() - q).detach()
-
-
-def parallel(module):
-    """The module in DistributedDataParallel, where there are several processes."""
-    return nn.parallel.DistributedDataParallel(module) if world()[1] > 1 else module
 
 
 def end_at_once_on_signal(received=()):
@@ -400,8 +403,7 @@ def within(low, high=math.inf, kind=float):
     def number(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):                    # nan is refused, too
-            end = ")" if math.isinf(high) else "]"
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}{end}")
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
     return number
 

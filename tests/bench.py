@@ -98,7 +98,7 @@ def mar_b():
 def bench_train():
     """Forward, backward, clip, AdamW at mask ratio 0.85 with 4 diffusion draws."""
     model = mar_b().train()
-    recipe = dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02)
+    recipe = dict(lr=1e-4, betas=(0.9, 0.95), decay=0.02, muon=False)
     optimizer = checkpoint.make_optimizer(model, recipe)
 
     def step(amp, B):

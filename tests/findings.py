@@ -67,6 +67,8 @@ LONGER = 600
 AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
+# shorter lengths of stage mixar, for FD against training time
+SHORTER = (200, 400)
 
 
 # the plan
@@ -149,6 +151,17 @@ def plan(data, seed):
     for run in ("dcmix", "encoder"):
         rows.append(score(f"{run} sight", run, FEW))
 
+    # Fig. 1: FD against training time
+    if data == "shapes":
+        rows.append(score("curve discrete", "dcmix", FEW, "--decode", "discrete",
+                          chosen="discrete"))
+        rows += [score(f"curve {guidance}", guidance, FEW) for guidance in METHODS]
+        for n in SHORTER:
+            for guidance, chosen in (("none", "none"), ("dcmix", "guided")):
+                name = f"{guidance}-{n}"
+                rows.append(train(name, guidance, "--steps", str(n)))
+                rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
+
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:
         for run in ("none", "dcmix"):
@@ -203,6 +216,12 @@ def values(result):
     )
 
 
+def training_seconds(folder):
+    """The seconds that the steps of a run took, from its log."""
+    with (ROOT / folder / "log.csv").open() as file:
+        return float(list(csv.DictReader(file))[-1]["seconds"])
+
+
 def run(data, seed, only):
     """Carry out the plan; a row whose entry is there already is not repeated.
 
@@ -225,6 +244,10 @@ def run(data, seed, only):
                 results += [values(result) for result in json.loads(report.read_text())["results"]]
             else:
                 start(command)
+        if key.startswith("train "):
+            command, = commands
+            folder = command[command.index("--out") + 1]
+            results.append(dict(training=training_seconds(folder)))
         (ROOT / pictures_file(data, seed, key)).unlink(missing_ok=True)
         entry = about(data, seed, key, commands, began)
         if results:

@@ -3,6 +3,7 @@
 They check what the losses of train.py give to the models, and what the losses make of the answers.
 The last tests check what sample.py gives to its samplers and tokenizers.
 """
+import copy
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -475,7 +476,7 @@ def test_weight_decay_is_on_matrices_outside_the_head():
         N=4, d_c=2, d_d=2, classes=3, D=8, depth=1, heads=2, K=1,
         head_depth=1, head_width=8, dropout=0.0,
     )
-    recipe = dict(lr=1e-3, betas=(0.9, 0.95), decay=0.02)
+    recipe = dict(lr=1e-3, betas=(0.9, 0.95), decay=0.02, muon=False)
     decayed_group, free_group = checkpoint.make_optimizer(model, recipe).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = [names[id(p)] for p in decayed_group["params"]]
@@ -501,6 +502,43 @@ class WatchedOptimizer:
 
     def step(self):
         self.gradients.append(self.weight.grad.item())
+
+
+def test_a_matrix_is_made_about_orthogonal():
+    """Newton-Schulz steps bring all singular values near 1 and keep the singular vectors."""
+    torch.manual_seed(0)
+    for rows, columns in ((6, 20), (20, 6)):
+        g = torch.randn(rows, columns)
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        found = checkpoint.orthogonal(g)
+        along = u.T @ found @ v.T
+        assert (along.diagonal() - 1).abs().max() < 0.35
+        assert (along - along.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_muon_is_that_of_torch_for_matrices_of_blocks_and_adamw_for_the_rest():
+    """torch.optim.Muon computes in bf16, so its updates agree to a few per cent."""
+    recipe = dict(lr=0.1, betas=(0.9, 0.95), decay=0.02, muon=True)
+    torch.manual_seed(0)
+    ours = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Linear(24, 8)]), other=nn.Linear(8, 8)))
+    theirs = copy.deepcopy(ours)
+    start = copy.deepcopy(ours)
+    optimizer = checkpoint.make_optimizer(ours, recipe)
+    settings = dict(lr=0.1, weight_decay=0.02)
+    muon = torch.optim.Muon([theirs.blocks[0].weight], adjust_lr_fn="match_rms_adamw", **settings)
+    adamw = torch.optim.AdamW([theirs.other.weight], betas=(0.9, 0.95), **settings)
+    for step in range(3):
+        gradients = torch.randn(8, 24), torch.randn(8, 8)
+        for model in (ours, theirs):
+            model.blocks[0].weight.grad = gradients[0].clone()
+            model.other.weight.grad = gradients[1].clone()
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    way = theirs.blocks[0].weight - start.blocks[0].weight
+    difference = ours.blocks[0].weight - theirs.blocks[0].weight
+    assert difference.norm() < 0.03 * way.norm()
+    torch.testing.assert_close(ours.other.weight, theirs.other.weight)
 
 
 def test_the_gradient_is_clipped_to_the_norm_of_clip():

@@ -469,13 +469,13 @@ def test_classes_by_name_or_number():
 # one clear line for what is wrong
 
 USELESS = [
-    (["--ar-steps", "0"], "0 is not in [1, inf)"),
-    (["--prior-steps", "0"], "0 is not in [1, inf)"),
+    (["--ar-steps", "0"], "0 is not in [1, inf]"),
+    (["--prior-steps", "0"], "0 is not in [1, inf]"),
     (["--diffusion-steps", "1"], "1 is not in [2, 1000]"),
     (["--diffusion-steps", "9:1"], "1 is not in [2, 1000]"),
     (["--diffusion-steps", "9:5:2"], "9:5:2: give one number, or FIRST:LAST"),
-    (["--count", "0"], "0 is not in [1, inf)"),
-    (["--batch-size", "-1"], "-1 is not in [1, inf)"),
+    (["--count", "0"], "0 is not in [1, inf]"),
+    (["--batch-size", "-1"], "-1 is not in [1, inf]"),
 ]
 
 

@@ -102,6 +102,15 @@ def test_a_stage_ends_the_command(runs, tmp_path):
     assert same_weights(weights(tmp_path / "shapes" / "vae"), weights(runs / "shapes" / "vae"))
 
 
+def test_init_keeps_the_rate_at_which_the_other_run_ended(runs, tmp_path, monkeypatch, no_pictures):
+    """An annealed rate stays at its tenth, however long this run is."""
+    monkeypatch.setattr(checkpoint, "LOG_EVERY", 1)
+    monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "warmup", 1)
+    train.main(mixar(runs, tmp_path / "run", "--init", runs / "shapes-dcmix", "--steps", 4))
+    rate = 0.1 * train.RECIPES["tiny"]["mixar"]["lr"]
+    assert [float(row["lr"]) for row in log_rows(tmp_path / "run")] == pytest.approx([rate] * 4)
+
+
 def test_ti_mix_starts_from_a_dcmix_checkpoint(runs, tmp_path, no_pictures):
     before = runs / "shapes-dcmix"
     flags = ["--ti-mix", "--init", before / "last.pt", "--steps", 1, "--lr", 0]
@@ -123,15 +132,18 @@ def test_init_goes_on_as_if_the_run_had_been_longer(runs, tmp_path, monkeypatch,
         counts.append(n)
         shipped(ema, model, n)
 
+    # an annealed rate depends on the length of its run
+    monkeypatch.setitem(train.RECIPES["tiny"]["mixar"], "anneal", False)
+    train.main(mixar(runs, tmp_path / "first", "--steps", 2))
     monkeypatch.setattr(checkpoint, "update_ema", count)
     train.main(mixar(runs, tmp_path / "four", "--steps", 4))
-    init = ["--init", runs / "shapes-dcmix"]
+    init = ["--init", tmp_path / "first"]
     train.main(mixar(runs, tmp_path / "two", *init, "--steps", 2))
     assert weights(tmp_path / "two", "step") == 2
     for key in ("model", "ema"):
         four = weights(tmp_path / "four", key)
         assert same_weights(four, weights(tmp_path / "two", key)), key
-        assert not same_weights(four, weights(runs / "shapes-dcmix", key)), key
+        assert not same_weights(four, weights(tmp_path / "first", key)), key
     train.main(mixar(runs, tmp_path / "two", *init, "--steps", 3))
     assert counts == [0, 1, 2, 3] + [2, 3] + [4]
 
@@ -686,7 +698,7 @@ def test_every_start_says_how_far_each_stage_is(runs, tmp_path, capsys, no_pictu
         "vae: 2 of 2 steps are done",
         "vq: 2 of 2 steps are done",
         "prior: 2 of 1 steps are done (begun with steps 2, not 1)",
-        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.0006, not 0.001)"]
+        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.005, not 0.001)"]
     train.main(mixar(runs, tmp_path / "other", "--steps", 1, "--seed", 7, "--amp", "bf16"))
     said = capsys.readouterr().out
     assert "vae: 2 of 2 steps are done (begun with amp fp32, not bf16, seed 0, not 7)" in said
