@@ -5,8 +5,8 @@ dcsa (discrete tokens as a prefix) and dcca (cross-attention to them). `MaskBitP
 of Eqs. (3) and (4), and g_M of Eq. (11). The rest is sizes and the loading of checkpoints. Our
 parameters are named as in the official models, so that their files load.
 
-Reads disk.py, tokenizers.py, mixing.py and diffusion_head.py. Feeds checkpoint.py, train.py and
-sample.py. Read train.py next.
+Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, stages and sample.py.
+Read train.py next.
 Try: python backbone.py          (parameters and tokens beside the paper's Tables 1 and 2)
 
 B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True: to predict.
@@ -15,8 +15,8 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, layer_norm, pad, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import dropout, layer_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint as recompute
 
 import disk
 import mixing
@@ -134,11 +134,11 @@ def random_table(*shape):
 class MAR(nn.Module):
     """p_theta(x_c^i | x_c^{<i}, X_d) of Eq. (6): encoder, decoder and Eq. (5)'s diffusion head.
 
-    guidance   the encoder sees     the decoder sees, at masked positions    and beside all tokens
-    none       visible x_c          the mask token
-    dcmix      visible x_c          the embedded x_d of Eq. (9)
-    dcsa       X_d, visible x_c     the mask token                           the encoder's X_d
-    dcca       visible x_c          the mask token                           X_d, in every block
+    guidance   the encoder gets     the decoder gets at masked positions     and X_d beside that
+    none       visible x_c          the mask token                           never
+    dcmix      visible x_c          the embedded x_d of Eq. (9)              never
+    dcsa       X_d, visible x_c     the mask token                           in front of the tokens
+    dcca       visible x_c          the mask token                           in all blocks of both
 
     The embedded x_d skips the encoder's blocks. With mix_at="encoder", all of Eq. (9)'s x~ goes
     through the encoder instead, as if nothing were masked.
@@ -206,15 +206,19 @@ class MAR(nn.Module):
         return self.z_proj_ln(x + self.encoder_pos_embed_learned)
 
     def embed_discrete(self, x_d):
-        """DC-SA's prefix or DC-CA's memory, with x_c's positions.   (B, N, d_d) -> (B, N, D)"""
+        """DC-SA's prefix or DC-CA's memory, with the position embeddings of x_c.
+
+    (B, N, d_d) -> (B, N, D)
+    """
         discrete = self.discrete_emb(tokenizers.bits_to_codes(x_d))
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
         """The V positions that the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
-        masked = pad(m, (self.K, 0))                                 # class tokens are visible
         if self.mix_at == "encoder":
-            masked = torch.zeros_like(masked)                        # all of x~: V = K + N
+            m = torch.zeros_like(m)                                  # all of x~: V = K + N
+        class_tokens = torch.zeros_like(m[:, :1]).expand(-1, self.K)
+        masked = torch.cat([class_tokens, m], dim=1)                 # class tokens are visible
         count = masked.shape[1] - int(masked[0].sum())
         # a stable sort puts the visible positions, 0, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]
@@ -222,7 +226,7 @@ class MAR(nn.Module):
     def run_blocks(self, blocks, x, discrete):
         for block in blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, discrete, use_reentrant=False)
+                x = recompute(block, x, discrete, use_reentrant=False)
             else:
                 x = block(x, discrete)
         return x
@@ -373,6 +377,7 @@ class MaskBitPrior(nn.Module):
         self.classes = classes
         self.codes = 2 ** (bits // splits)                           # of a group
         self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
+        # official files hold it
         powers = 2 ** torch.arange(bits // splits, dtype=torch.int32)
         self.register_buffer("bits_to_indices", powers)
         self.class_emb = nn.Embedding(classes + 1, D)
@@ -415,7 +420,7 @@ class MaskBitPrior(nn.Module):
     @classmethod
     def from_official(cls, state):
         """MaskBit's generator with the weights of an official file, {name: tensor}.   [MaskBit]"""
-        if "input_proj.weight" not in state:                                 # it has two names
+        if "input_proj.weight" not in state:                                 # or token_emb
             state = {key.replace("token_emb", "input_proj"): state[key] for key in state}
         D, bits = state["input_proj.weight"].shape
         config = dict(
@@ -441,7 +446,7 @@ KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixa
 
 
 def load_model(path, kind):
-    """The model saved at `path`, its moving average, for inference, and its checkpoint dict.
+    """The model saved at `path`, its moving average for inference, and the checkpoint's dict.
 
     path: a checkpoint of train.py, its folder, or an official file
     kind: a key of KINDS

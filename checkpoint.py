@@ -85,7 +85,10 @@ def make_optimizer(model, recipe):
 
 
 def update_ema(ema, model, n, decay=EMA_DECAY):
-    """Update n (from 0) of the moving average. The first ones forget the start faster.   [ours]"""
+    """Update n (from 0) of the moving average, whose decay is (1 + n) / (10 + n) at first.   [ours]
+
+    So the start values fade sooner.
+    """
     average = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
     average(list(ema.parameters()), list(model.parameters()), n)
 
@@ -97,7 +100,7 @@ class Stage:
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
     config: dict                       # the arguments of its model
-    made_from: dict                    # its pictures or tokens: they stay once it is begun
+    made_from: dict                    # its pictures or tokens; they may not change later
     loss: Callable                     # loss(model, batch, rng, step)
     n: int = 0                         # how many pictures there are
     get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
@@ -110,7 +113,10 @@ class Stage:
 
 
 def finished(saved):
-    """Whether the stage behind a checkpoint has made all the steps of its last command."""
+    """Whether the stage behind a checkpoint has made all the steps of its last command.
+
+    `read_stage` never trains such a tokenizer or prior further, and stages.is_done skips it.
+    """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
 
 
@@ -157,7 +163,7 @@ def skipped_before(folder, kind):
 class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
-    before: how many steps the run had made from which --init started this one
+    before: how many steps the run of --init had made
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, AdamW's moments
@@ -174,8 +180,8 @@ class State:
         self.step = 0
         self.before = 0
         torch.manual_seed(args.seed)
-        # convolutions are faster with the channels last
         model = backbone.KINDS[stage.kind](**stage.config)
+        # convolutions are faster with the channels last
         self.model = model.to(args.device, memory_format=torch.channels_last)
         if stage.kind == "mixar":
             self.model.checkpoint_activations = args.checkpoint_activations
@@ -271,3 +277,5 @@ class Log:
         self.file.write(f"{step},{loss:.6f},{lr:.4g},{norm:.4f},{speed:.1f},{seconds:.2f}\n")
         if self.board:
             self.board.add_scalars("train", dict(loss=loss, lr=lr, grad_norm=norm), step)
+        if step == self.bar.total:
+            self.bar.close()

@@ -240,10 +240,10 @@ class Shapes:
 
     classes = "disc ring square triangle star plus heart moon arrow hourglass".split()
     mirror = False
-    held_out = True
 
     def __init__(self, split, size, count):
-        self.seed = 0 if split == "train" else 1
+        self.held_out = split == "test"
+        self.seed = 1 if self.held_out else 0
         self.size = size
         self.labels = np.arange(count) % 10
         self.names = [f"shapes {split} {i}" for i in range(count)]
@@ -307,8 +307,11 @@ def colour(h, s, v):
 
 
 def open_source(data, split, size, count):
-    """The pictures of `data`, "shapes" or a folder, of split "train" or "test" (the held-out ones).
-    size is their height and width, count how many; None: all (of the endless shapes 10,000)."""
+    """The pictures of `data`, "shapes" or a folder.
+
+    split: "train", or "test" for the held-out ones
+    size, count: their height and width; how many, None for all (of the endless shapes 10,000)
+    """
     root = Path(data)
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
@@ -349,10 +352,7 @@ def read_all(source):
 
 
 def report_skipped(source, reasons):
-    """Note in source.skipped which pictures cannot be read, and print why {number: reason}.
-
-    SystemExit if none can be read.
-    """
+    """Note in source.skipped which pictures cannot be read, and print why {number: reason}."""
     n = len(source.labels)
     if len(reasons) == n:
         first = next(iter(reasons.values()))
@@ -397,26 +397,24 @@ def begin_cache(folder, source, row):
 
 
 def cache_tokens(folder, source, vae, vq, device, batch=None):
-    """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy; see `encode`.
+    """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy.
 
     status.npy holds 0 for a picture to do, 1 for one done and 2 for an unreadable one, so that a
     killed run goes on. meta.json holds the mean and deviation of x_c. One process writes them.
     SystemExit if the folder was made from other pictures or tokenizers.
     """
     meta = disk.read_json(folder / "meta.json")
-    made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq), data=source.data)
+    made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq))
     if not meta:
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
-        row = tokenizers.encode(black, vae, vq, device, source.mirror)
+        row = tokenizers.encode_pictures(black, vae, vq, device, source.mirror)
         row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
         begin_cache(folder, source, row)
         meta = dict(made_from=describe(source, []) | made_with, classes=source.classes, skipped=[])
         disk.write_json(folder / "meta.json", meta)
     with disk.reading(folder / "meta.json", "note of a token cache; remove it"):
-        # Where the pictures lie does not matter.
-        was = meta["made_from"] | dict(data=source.data)
         now = describe(source, meta["skipped"]) | made_with
-    disk.check_same(folder, was, now)
+        disk.check_same(folder, meta["made_from"], now)
     if "mean" in meta:
         return
     arrays = open_arrays(folder, "r+")
@@ -441,7 +439,8 @@ def fill_cache(arrays, source, vae, vq, device, batch):
             good = [i for i in rows if i not in reasons]
             if good:
                 x = np.stack([pictures[i] for i in good])
-                for name, value in tokenizers.encode(x, vae, vq, device, source.mirror).items():
+                row = tokenizers.encode_pictures(x, vae, vq, device, source.mirror)
+                for name, value in row.items():
                     arrays[name][good] = value
             # The status comes last, when the rows themselves are there.
             status[rows] = 2

@@ -6,7 +6,7 @@ the noise. `denoising_loss` is Eq. (5). `variational_term` trains the variance b
 
 The process is MAR's: cosine schedule, 1000 timesteps, evenly respaced for sampling.
 
-Reads nothing. Feeds backbone.py, whose MAR holds a head; train.py takes its loss and sample.py its
+Reads nothing. Feeds backbone.py, whose MAR holds a head: train.py takes its loss, sample.py its
 samples. Read backbone.py next.
 Try: python -m pytest -q -k eq05
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import embedding, layer_norm, silu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 T = 1000                                                             # [MAR]
 
@@ -69,7 +69,7 @@ def coefficients(n, device="cpu"):
     abar = np.cumprod(1 - betas)
     abar_prev = np.append(1.0, abar[:-1])
     variance = betas * (1 - abar_prev) / (1 - abar)
-    # the variance of the first step is 0, whose logarithm is taken from the second
+    # at index 0 the variance is 0; its logarithm is taken from index 1
     variance[0] = variance[1]
 
     def tensor(values):
@@ -262,7 +262,7 @@ class Denoiser(nn.Module):
         h = self.input_proj(x)                                       # (..., M, W)
         for block in self.res_blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                h = checkpoint(block, h, condition, use_reentrant=False)
+                h = recompute(block, h, condition, use_reentrant=False)
             else:
                 h = block(h, condition)
         return self.final_layer(h, condition).float().chunk(2, dim=-1)
@@ -314,8 +314,8 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         # from the last index of the process, steps - 1, down to 0
         for i in reversed(range(steps)):
-            # At t = 999 an error of eps is multiplied by 316 in the next x. In bf16 that would be
-            # 1.8 deviations, in the step after it 0.009. So the first step is fp32.   [ours]
+            # At t = 999, in 100 steps, an error of eps is multiplied by 316 in the next x. In bf16
+            # that would be 1.8 deviations, one step later 0.009. So this step is fp32.   [ours]
             fp32 = torch.autocast(z.device.type, enabled=False)
             with fp32 if i == steps - 1 else nullcontext():
                 eps, v = self.guided(x, c.t[i], z, z_uncond, scale)

@@ -271,7 +271,8 @@ def train_classifier(path, data, size, device, steps=700, B=128):
         schedule.step()
 
     model.eval()
-    logits = [model(part.to(device))[1].cpu() for part in x[held_out].split(500)]
+    with torch.no_grad():
+        logits = [model(part.to(device))[1].cpu() for part in x[held_out].split(500)]
     right = torch.cat(logits).argmax(1) == y[held_out]
     meta = dict(data=data, pictures=len(kept), skipped=len(source.labels) - len(y), steps=steps,
                 held_out_accuracy=right.double().mean().item())

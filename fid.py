@@ -5,7 +5,8 @@
 features; `frechet_distance` compares those of two sets.
 
 A run is sampled with its own settings. For other settings, sample.py first writes the pictures.
-Reads runs through sample.py and data sets through dataset.py, writes JSON. It is the last file.
+Reads runs through sample.py, data sets through dataset.py and networks through features.py, writes
+JSON. It is the last file.
 Try: python fid.py runs/shapes-dcmix shapes
 
 B batch, n pictures, d features, K classes. All statistics are float64.

@@ -4,8 +4,8 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i).
 
-Reads the models, dataset.py, output.py and the checkpoints of train.py. Feeds fid.py, and
-stages.py with pictures of a run. It is the last of the paper's files.
+Reads the models, mixing, train (processes, AMP), dataset and output.py. Feeds fid.py, and stages.py
+with pictures of a run. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to predict.
@@ -60,23 +60,23 @@ def image_rng(seed, indices, stream, device="cpu"):
     return rng
 
 
-def prior_guidance(g, power, i, steps):
-    """The guidance in step i of `steps`: it rises along a cosine from 0 towards g.   [MaskBit]"""
-    return g * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
+def prior_cfg_at(cfg, power, i, steps):
+    """The scale of guidance in step i: it rises along a cosine from 0 towards cfg.   [MaskBit]"""
+    return cfg * (1 - math.cos(math.pi * (i / steps) ** power)) / 2
 
 
-def least_certain(score, known, r):
-    """Eq. (4): which codes are hidden again when a share r of the steps is done.   [MaskBit]
+def least_certain(score, known, done):
+    """Eq. (4): which codes are hidden again when this share of the steps is done.   [MaskBit]
 
     They are the k codes of lowest score in each image. At least one is hidden and at least one is
-    kept, so that every step brings something new.
+    kept, so that every step brings something new. After the last step the answer is not used.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
     Returns (B, N, S) bool.
     """
     score = score.masked_fill(known, math.inf)
-    ratio = math.acos(r) / (math.pi / 2)
+    ratio = math.acos(done) / (math.pi / 2)
     ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
     k = min(k, int((~known[0]).sum()) - 1)
@@ -86,13 +86,13 @@ def least_certain(score, known, r):
 
 
 @torch.no_grad()
-def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
+def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
     """Eq. (4): X_d from all masked in `steps` steps, each keeping the most certain codes. [MaskBit]
 
     y: (B,) int, the classes
     choose: choose(logits (B, N, S, 2^e)) samples codes (B, N, S)
-    gumbel: gumbel() gives Gumbel noise (B, N, S); `temperature` scales it, and it falls to 0
-    guidance, power: see prior_guidance
+    gumbel: gumbel() gives Gumbel noise (B, N, S), times `temperature` falling to 0 over the steps
+    cfg, power: the guidance scale, see prior_cfg_at
     Returns bits (B, N, S e) in {-1, +1}.
     """
     e = prior.bits // prior.splits
@@ -102,30 +102,30 @@ def sample_prior(prior, y, choose, gumbel, steps, guidance, power, temperature):
     for i in range(steps):
         known = codes < masked
         x = tokenizers.codes_to_bits(codes, e)
-        g = prior_guidance(guidance, power, i, steps)
-        if g == 0:
+        scale = prior_cfg_at(cfg, power, i, steps)
+        if scale == 0:
             logits = prior(x, y)                                             # (B, N, S, 2^e)
         else:
             drop = torch.cat([~no_class, no_class])
             both = prior(torch.cat([x, x]), torch.cat([y, y]), drop)
             logits, without_class = both.chunk(2)
-            logits = logits + g * (logits - without_class)
+            logits = logits + scale * (logits - without_class)
         chosen = torch.where(known, codes, choose(logits))
-        r = (i + 1) / steps
+        done = (i + 1) / steps
         log_p = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
-        score = log_p + gumbel() * temperature * (1 - r)
-        hidden = least_certain(score, known, r)
+        score = log_p + gumbel() * temperature * (1 - done)
+        hidden = least_certain(score, known, done)
         codes = torch.where(hidden, masked, chosen)
     return tokenizers.codes_to_bits(chosen, e)
 
 
-def hidden_after(s, steps, N, hidden):
-    """Eq. (6): how many of N tokens stay hidden after AR step s, of `hidden` before it.   [MAR]
+def hidden_after(s, steps, N, n_hidden):
+    """Eq. (6): how many of N tokens stay hidden after AR step s, of n_hidden before it.   [MAR]
 
     It is at least 1. In the last step, `generate` hides none.
     """
-    left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
-    return max(1, min(hidden - 1, left))
+    n_left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
+    return max(1, min(n_hidden - 1, n_left))
 
 
 @torch.no_grad()
@@ -146,24 +146,24 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     B, N = order.shape
     x_c = torch.zeros(B, N, model.d_c, device=order.device)
     no_class = torch.ones(B, dtype=torch.bool, device=order.device)
-    hidden = N
+    n_hidden = N
     for s in range(ar_steps):
-        left = hidden_after(s, ar_steps, N, hidden)
-        # MAR computes the scale before it sets the last step's `left` to 0, and so do we
-        scale = 1 + (cfg - 1) * (N - left) / N if schedule == "linear" else cfg
+        n_left = hidden_after(s, ar_steps, N, n_hidden)
+        # MAR computes the scale before it sets the last step's n_left to 0, and so do we
+        scale = 1 + (cfg - 1) * (N - n_left) / N if schedule == "linear" else cfg
         if s == ar_steps - 1:
-            left = 0
-        m = mixing.hide(order, hidden)
-        now = m & ~mixing.hide(order, left)                                  # this step's tokens
+            n_left = 0
+        m = mixing.hide(order, n_hidden)
+        now = m & ~mixing.hide(order, n_left)                                # this step's tokens
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
         z = model(x, x_d, m, y, ~no_class)[now]                              # (rows, D)
         z_uncond = model(x, x_d, m, y, no_class)[now] if cfg != 1 else None
         first_and_last = np.broadcast_to(diffusion_steps, 2)
         n = round(np.interp(s, (0, max(ar_steps - 1, 1)), first_and_last))
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
-        hidden = left
+        n_hidden = n_left
         if on_step:
-            on_step(mixing.hide(order, hidden))
+            on_step(mixing.hide(order, n_hidden))
     return x_c
 
 
@@ -205,7 +205,8 @@ class System:
     run: a run folder, its checkpoint, or an official MAR file, which names no other files
     amp: precision of the transformers; the tokenizers compute in fp32
     vae, prior: files to use instead of those that the run names
-    SystemExit if a file is missing, or not the one that the run was trained with.
+    SystemExit if a file is missing, or not the one that the run was trained with; a given prior may
+    be another one.
     """
 
     def __init__(self, run, device="cpu", amp="auto", vae=None, prior=None):
@@ -337,7 +338,7 @@ class System:
 
 
 def wanted_classes(text, classes):
-    """"all", or names or numbers with commas between -> [int]. SystemExit naming an unknown one."""
+    """Class numbers of "all", or of names or numbers with commas between. SystemExit if unknown."""
     if text == "all":
         return list(range(len(classes)))
     numbers = {str(k): k for k in range(len(classes))}
@@ -387,7 +388,7 @@ def parse(argv=None):
                    help="of the head; 40:10 falls from the first to the last AR step")
     g.add_argument("--cfg", **scale, help="guidance scale of MixAR; 1 is none")
     g.add_argument("--temperature", **scale, help="of the diffusion noise")
-    g.add_argument("--prior-steps", **count, help="steps of the prior, Eq. 4")
+    g.add_argument("--prior-steps", **count, help="sampling steps of the prior, Eq. 4")
     g.add_argument("--prior-cfg", **scale, help="guidance scale of the prior; 0 is none")
     return p.parse_args(argv)
 

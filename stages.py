@@ -5,7 +5,7 @@
 
 `train_stages` is what `torchrun train.py` does. A stage that is done is used, not trained again.
 
-Reads train.py (the paper's losses, `fit`), dataset.py, checkpoint.py, sample.py and output.py.
+Reads train.py (the paper's losses, `fit`), the models, dataset, checkpoint, sample and output.py.
 Feeds train.py, whose `main` calls it. With the paper open it can be skipped.
 Try: python train.py --stage vae
 """
@@ -30,19 +30,19 @@ def vae_loss(model, batch, rng, step):
     x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
     mean, logvar = (a.float() for a in model.encode(x))
     noise = rng(torch.randn, *mean.shape[1:])
-    y = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise))
+    decoded = model.decode(tokenizers.reparameterize(mean, (0.5 * logvar).exp(), noise))
     kl = tokenizers.kl_to_normal(mean, logvar).mean() / mean[0].numel()
-    return (x - y).square().mean() + 1e-4 * kl
+    return (x - decoded).square().mean() + 1e-4 * kl
 
 
 def vq_loss(model, batch, rng, step):
     """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
     x = batch[0]
     z = model.encode(x).float()
-    y = model.decode(z + (tokenizers.quantise(z) - z).detach())              # straight through
+    decoded = model.decode(z + (tokenizers.quantise(z) - z).detach())        # straight through
     codebook = model.quantize.codebook
     commitment, per_token, of_mean = tokenizers.quantiser_losses(z, codebook, train.mean_over_ranks)
-    return 4 * (x - y).square().mean() + commitment + 0.02 * (per_token - of_mean)
+    return 4 * (x - decoded).square().mean() + commitment + 0.02 * (per_token - of_mean)
 
 
 def is_done(args, stage):
@@ -154,7 +154,10 @@ def train_mixar(args, shared, run, tokens):
 
 
 def check_flags_in_advance(args, shared, run, classes):
-    """What a flag names is opened before anything is trained. SystemExit if it does not fit."""
+    """Batch sizes, folders and files of flags are checked before anything is trained.
+
+    SystemExit if one does not fit.
+    """
     pieces = train.world()[1] * args.accumulate
     for kind, recipe in args.recipe.items():
         if recipe["batch"] % pieces:

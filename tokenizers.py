@@ -4,9 +4,9 @@
 tokens are bits. Both load the official files.
 
 B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads disk.py, which loads weights. Feeds all that handle tokens. Read mixing.py next.
+Reads disk.py, which loads weights. Feeds nearly all other files. Read mixing.py next.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
-Run from this folder, this module shadows the Hugging Face package of the same name.
+In programs run from this folder, this module hides the Hugging Face package of the same name.
 """
 from collections import OrderedDict
 from functools import partial
@@ -163,7 +163,8 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
     """A tokenizer's encoder, to c_out channels, and its decoder, from c_in channels.
 
     Level i of the encoder has `blocks` blocks of width * mult[i] channels. All levels but the last
-    halve the picture. `attn` gives the decoder's first level attention; MaskBit has none anywhere.
+    halve the picture. `attn` gives the decoder's first level attention. KLVAE also has it in both
+    middles and in the encoder's last level; MaskBit has none.
     """
     widths = [width * k for k in mult]
     c = widths[-1]
@@ -192,7 +193,7 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
     return encoder, decoder
 
 
-# How official files name a part, and how we do.   [VA-VAE] [MAR] [MaskBit]
+# A part's name in official files, and its name here.   [VA-VAE] [MAR] [MaskBit]
 RENAMED = {
     "mid.block_1": "mid.block.0", "mid.block_2": "mid.block.1", "mid.attn_1": "mid.attn.0",
     "downsample.conv": "resize", "upsample.conv": "resize",
@@ -215,9 +216,8 @@ class KLVAE(nn.Module):
     """x_c = VAE(I) of Eq. (7), of z = d_c channels.
 
     attn: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
-
-    groups: of every GroupNorm, 32 in the official models. At width 32 a group would be one channel,
-    and the norm would erase its mean.   [VA-VAE] [MAR]
+    groups: of every GroupNorm, 32 in the official models [VA-VAE] [MAR]. The preset tiny has 1: in
+        32 groups, each of its 32 channels would be alone, and the norm would erase its mean. [ours]
     """
 
     def __init__(self, width, mult, blocks, z, attn=True, groups=32):
@@ -252,7 +252,7 @@ class KLVAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """z = x_c (B, d_c, h, w) -> images (B, 3, H, W), about in [-1, 1]."""
+        """z = x_c (B, d_c, h, w) -> images (B, 3, H, W), roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
 
@@ -281,12 +281,12 @@ class BitVQ(nn.Module):
         return self.encoder(images)
 
     def decode(self, x_d):
-        """bits x_d (B, d_d, h, w) in {-1, +1} -> images (B, 3, H, W), about in [0, 1]."""
+        """bits x_d (B, d_d, h, w) in {-1, +1} -> images (B, 3, H, W), roughly in [0, 1]."""
         return self.decoder(x_d)
 
 
 @torch.no_grad()
-def encode(pictures, vae, vq, device, mirror):
+def encode_pictures(pictures, vae, vq, device, mirror):
     """Eq. (7) for uint8 pictures (b, 3, H, W) and, if `mirror`, for their mirror images, too.
 
     F is 2 with mirror images, else 1.

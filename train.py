@@ -1,13 +1,14 @@
 """Training: one loop for the four models, in the order of the paper's Fig. 3 (left).
 
-Here are the paper's losses, the loop (`fit`), torch.distributed, AMP and the flags. stages.py says
-what each model is trained on. A stopped run goes on where it was.
+Here are the losses of MixAR and the prior, the loop (`fit`), torch.distributed, AMP and the flags.
+stages.py says what each model is trained on. A stopped run goes on where it was.
 
-Reads tokenizers.py, mixing.py and backbone.py, writes runs/. Read `mixar_loss` first, then `fit`,
-then sample.py.
+Reads tokenizers, mixing, backbone and checkpoint.py, writes runs/. Feeds stages, sample, output and
+fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
 Try: torchrun train.py --guidance dcmix
 
-B global batch, N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
+B pictures (in `Rng` and `step_batches` those of all processes, else those of this one's part),
+N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
 import copy
@@ -48,18 +49,17 @@ TINY_RECIPE = dict(
                decay=0.045),
     mixar=dict(steps=900, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
-# 400 epochs of ImageNet, 625 steps each. `settle` adds lr. The other models come as files.    [MAR]
+# 400 epochs of ImageNet, 625 steps each. The other models come as files.      [MAR]
 LARGE_RECIPE = dict(
-    mixar=dict(steps=250_000, batch=2048, warmup=0.25, anneal=False, muon=False, betas=(0.9, 0.95),
-               decay=0.02, draws=4))
+    mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
+               betas=(0.9, 0.95), decay=0.02, draws=4))
 RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
 
 
 def mixar_loss(model, batch, rng, step, prior, args):
     """The training step of the paper: the loss of a batch, a mean over its masked tokens.
 
-    batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,), the
-        classes; B is this process's part of the batch
+    batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,)
     rng: the random numbers of this step, see `Rng`
     prior: g_M of Eq. (11), needed with --ti-mix
     """
@@ -78,13 +78,15 @@ def mixar_loss(model, batch, rng, step, prior, args):
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
-    # drawn image by image, then laid out as the rows of z[m], one image after the other
     n_masked = int(m[0].sum())                                               # N'
-    t = (rng(torch.rand, R, n_masked) * T).long()                            # (B, R, N')
-    t = t.transpose(0, 1).flatten(1)                                         # (R, B N')
-    noise = rng(torch.randn, R, n_masked, d_c)                               # (B, R, N', d_c)
-    noise = noise.transpose(0, 1).flatten(1, 2)                              # (R, B N', d_c)
+    t = as_rows((rng(torch.rand, R, n_masked) * T).long())                   # (R, B N')
+    noise = as_rows(rng(torch.randn, R, n_masked, d_c))                      # (R, B N', d_c)
     return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
+
+
+def as_rows(drawn):
+    """(B, R, N', ...) -> (R, B N', ...): drawn image by image, used for the rows of z[m]."""
+    return drawn.transpose(0, 1).flatten(1, 2)
 
 
 def training_mask(u_ratio, u_code):
@@ -165,14 +167,15 @@ def data_order(seed, epoch, n):
 def step_batches(args, get_batch, n, B, step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
-    Every epoch leaves out its last n mod B pictures. Dropout is seeded here, apart from `Rng`.
+    Every epoch leaves out its last n mod B pictures; with n < B, pictures repeat. Dropout is seeded
+    here, apart from `Rng`.
     """
     rank, ranks = world()
     torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + step) * ranks + rank)
     epoch, k = divmod(step, max(n // B, 1))
     order = data_order(args.seed, epoch, n)
     if n < B:
-        order = np.resize(order, B)                                          # pictures repeat
+        order = np.resize(order, B)
     pictures = order[k * B:(k + 1) * B]
     batches = []
     for part in range(parts):
@@ -197,10 +200,10 @@ def learning_rate(recipe, step, before=0):
     return rate
 
 
-def update(args, ddp, state, batches, stop=False):
+def update(args, ddp, state, batches, asked_to_stop=False):
     """One step of state.optimizer on the parts [(batch, rng)] of a batch.
 
-    stop: whether this process was asked to stop
+    asked_to_stop: whether a signal asked this process to stop
     Returns the loss over all processes, the gradient's norm, and whether any process has to stop.
     No step is taken if loss or norm is not finite.
     """
@@ -215,7 +218,7 @@ def update(args, ddp, state, batches, stop=False):
         loss.backward()
         total += loss.detach()
     norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), CLIP))
-    asked = torch.tensor(float(stop), device=device)
+    asked = torch.tensor(float(asked_to_stop), device=device)
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
@@ -225,7 +228,7 @@ def update(args, ddp, state, batches, stop=False):
 
 
 def fit(args, stage):
-    """Train the model of a stage to the end of its recipe, from its last.pt on."""
+    """Train the model of a stage to the end of its recipe, starting from its last.pt, if any."""
     rank, _ = world()
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
@@ -240,7 +243,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and kind != "mixar" and saved and saved["step"] >= steps:
-            # a stopped stage that is long enough for this command: from now on it is finished
+            # it was begun with more steps; saved with this command's recipe, it counts as finished
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -253,7 +256,7 @@ def train_steps(args, stage, state):
     kind = stage.kind
     recipe = args.recipe[kind]
     steps = recipe["steps"]
-    # the entropy in vq's loss is that of the whole batch, so vq takes it in one part
+    # vq's entropy loss needs the whole batch, so it is never taken in parts
     parts = 1 if kind == "vq" else args.accumulate
     ddp = Loss(state.model.train(), stage.loss)
     if ranks > 1:
@@ -269,7 +272,7 @@ def train_steps(args, stage, state):
         lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
-        value, norm, stopping = update(args, ddp, state, batches, stop=len(received) > 0)
+        value, norm, stopping = update(args, ddp, state, batches, len(received) > 0)
         failed = 0 if math.isfinite(value + norm) else failed + 1
         if failed == 0:
             checkpoint.update_ema(state.ema, state.model, total_step)
@@ -294,8 +297,6 @@ def train_steps(args, stage, state):
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
-    if rank == 0:
-        log.bar.close()
 
 
 def world():
@@ -327,7 +328,7 @@ def mean_over_ranks(q):
 
 
 def end_at_once_on_signal(received=()):
-    """Outside `fit`: from now on Ctrl-C or SIGTERM ends the program at once.
+    """Outside `train_steps`: from now on, one of SIGNALS ends the program at once.
 
     received: signals that came earlier; the first of them ends it now
     """
@@ -343,9 +344,9 @@ def end_at_once_on_signal(received=()):
 
 
 def finish_step_on_signal():
-    """In `fit`: from now on Ctrl-C or SIGTERM only adds its number to the list returned here.
+    """In `train_steps`: from now on, one of SIGNALS only adds its number to the list returned here.
 
-    The step is then finished and saved before the program ends.
+    `train_steps` then finishes the step and saves before the program ends.
     """
     received = []
     for number in SIGNALS:
@@ -423,8 +424,7 @@ def parse(argv=None):
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", type=nonempty,
-                   help="shapes, or a folder of pictures")
+    g.add_argument("--data", default="shapes", type=nonempty, help="shapes or a folder of pictures")
     g.add_argument("--images", **count, help="use at most so many pictures")
     g.add_argument("--mirror", action=argparse.BooleanOptionalAction,
                    help="train on mirror images, too (None: as the data set says)")
@@ -434,23 +434,22 @@ def parse(argv=None):
                    help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
     g.add_argument("--init", metavar="RUN", type=nonempty,
-                   help="train on from this MixAR run, or an official MAR [paper 4.3]")
+                   help="continue from this MixAR run or official MAR [paper 4.3]")
     g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
     g.add_argument("--vae", **file, help="VA-VAE, KL-16 or ours, not to be trained")
     g.add_argument("--vq", **file, help="MaskBit's tokenizer or ours, likewise")
     g.add_argument("--prior", **file, help="MaskBit's generator or ours, likewise")
     g = p.add_argument_group("length and rate (None: as in RECIPES)")
-    g.add_argument("--vae-steps", **count, help="steps of stage vae")
-    g.add_argument("--vq-steps", **count, help="steps of stage vq")
-    g.add_argument("--prior-steps", **count, help="steps of stage prior")
-    g.add_argument("--steps", **count, help="steps of stage mixar")
+    g.add_argument("--vae-steps", **count, help="training steps of stage vae")
+    g.add_argument("--vq-steps", **count, help="training steps of stage vq")
+    g.add_argument("--prior-steps", **count, help="training steps of stage prior")
+    g.add_argument("--steps", **count, help="training steps of stage mixar")
     g.add_argument("--batch-size", **count, help="pictures a step, over all processes")
     g.add_argument("--lr", type=within(0), metavar="X", help="learning rate of stage mixar")
     g = p.add_argument_group("running")
     g.add_argument("--runs", default="runs", type=nonempty, help="the folder of all runs")
-    g.add_argument("--out", type=nonempty,
-                   help="the folder of this MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
+    g.add_argument("--out", type=nonempty, help="the MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
     g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
                    help="of start values, data order, masks and noise")
     g.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
@@ -483,7 +482,7 @@ def settle(args):
         recipe["batch"] = args.batch_size or recipe["batch"]
     mixar = args.recipe["mixar"]
     if args.preset != "tiny":
-        mixar["lr"] = 1e-4 * mixar["batch"] / 256                            # [MAR]
+        mixar["lr"] *= mixar["batch"] / 2048                                 # [MAR]
     if args.lr is not None:
         mixar["lr"] = args.lr
 

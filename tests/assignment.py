@@ -62,7 +62,7 @@ EQUATIONS = {
         "The share is acos(u) / (pi / 2). It lacks two axes to be compared with (B, N, S).",
         "torch has a cross-entropy that smooths labels. It wants one row of logits for each code.",
     ]),
-    4: Equation("drawing X_d", "sample.py", ["prior_guidance", "least_certain"], [
+    4: Equation("drawing X_d", "sample.py", ["prior_cfg_at", "least_certain"], [
         "The guidance rises along half a wave of a cosine. The power bends the time i / steps.",
         "Codes that were kept before stay. Give them a score that no threshold reaches.",
         "k is acos(r) / (pi / 2) of all codes of an image, rounded down, then bounded on both "

@@ -1178,8 +1178,8 @@ def test_eq04_golden_prior_schedule_of_512_codes(steps):
 
 
 @pytest.mark.parametrize("steps", [8, 64, 256])
-def test_eq04_golden_prior_guidance(steps):
+def test_eq04_golden_prior_cfg_at(steps):
     """MaskBit's cosine guidance of power 3 is 0 in the first step and never quite reaches 5.8."""
     bit = golden.load("maskbit_generator_tiny")
-    found = torch.tensor([sample.prior_guidance(5.8, 3.0, i, steps) for i in range(steps)])
+    found = torch.tensor([sample.prior_cfg_at(5.8, 3.0, i, steps) for i in range(steps)])
     assert golden.difference(found, bit[f"schedule_guidance_{steps}"]) < 1e-6

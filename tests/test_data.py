@@ -687,13 +687,13 @@ def test_a_cache_stopped_before_its_statistics_gets_them(tmp_path):
 
 def test_a_picture_is_done_only_when_its_rows_are_there(tmp_path, monkeypatch):
     """Stopped before a batch is written (here its rows do not fit): the batch is still to do."""
-    shipped = tokenizers.encode
+    shipped = tokenizers.encode_pictures
 
     def too_low(pictures, *more):
         rows = shipped(pictures, *more)
         return rows | {"indices": rows["indices"][:, :, :5]} if pictures.any() else rows
 
-    monkeypatch.setattr(tokenizers, "encode", too_low)
+    monkeypatch.setattr(tokenizers, "encode_pictures", too_low)
     with pytest.raises(ValueError):
         dataset.cache_tokens(tmp_path, shapes(6), *tiny_tokenizers(), "cpu", batch=2)
     assert np.load(tmp_path / "status.npy").tolist() == [0] * 6

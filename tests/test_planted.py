@@ -209,12 +209,12 @@ def one_step_too_few(prior, y, draw, gumbel, steps, guidance, power, temperature
     return sample_prior(prior, y, draw, gumbel, steps - 1, guidance, power, temperature)
 
 
-@mistake(4, sample, "prior_guidance")
+@mistake(4, sample, "prior_cfg_at")
 def constant_guidance(g, power, i, steps):
     return g
 
 
-@mistake(4, sample, "prior_guidance")
+@mistake(4, sample, "prior_cfg_at")
 def power_of_the_whole_cosine(g, power, i, steps):
     return g * ((1 - math.cos(math.pi * i / steps)) / 2) ** power
 
@@ -920,7 +920,7 @@ LINES = [
     (4, sample, "sample_prior", "codes_to_bits(chosen, e)", "codes_to_bits(codes, e)"),
     (4, sample, "sample_prior", "codes_to_bits(codes, e)",
      "codes_to_bits(torch.full_like(codes, masked), e)"),
-    (4, sample, "prior_guidance", "(i / steps) ** power", "((i + 1) / steps) ** power"),
+    (4, sample, "prior_cfg_at", "(i / steps) ** power", "((i + 1) / steps) ** power"),
     (4, sample, "least_certain", "score.masked_fill(known, math.inf)", "score"),
     (4, sample, "least_certain", "known[0].numel()", "int((~known[0]).sum())"),
     (4, sample, "least_certain", "math.floor(", "math.ceil("),
@@ -1140,7 +1140,7 @@ LINES = [
 FUNCTIONS = [
     (3, train, "training_mask"), (3, train, "code_loss"), (3, train, "prior_loss"),
     (3, backbone.MaskBitPrior, "forward"),
-    (4, sample, "least_certain"), (4, sample, "prior_guidance"), (4, sample, "sample_prior"),
+    (4, sample, "least_certain"), (4, sample, "prior_cfg_at"), (4, sample, "sample_prior"),
     (5, diffusion_head, "add_noise"), (5, diffusion_head, "denoising_loss"),
     (5, diffusion_head, "variational_term"), (5, diffusion_head, "model_distribution"),
     (5, diffusion_head.DiffusionHead, "loss"), (5, diffusion_head.DiffusionHead, "sample"),
