@@ -217,8 +217,7 @@ class MAR(nn.Module):
         """The V positions that the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
         if self.mix_at == "encoder":
             m = torch.zeros_like(m)                                  # all of x~: V = K + N
-        class_tokens = torch.zeros_like(m[:, :1]).expand(-1, self.K)
-        masked = torch.cat([class_tokens, m], dim=1)                 # class tokens are visible
+        masked = nn.functional.pad(m, (self.K, 0))                   # class tokens are visible
         count = masked.shape[1] - int(masked[0].sum())
         # a stable sort puts the visible positions, 0, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]

@@ -35,7 +35,7 @@ OURS = "word for word as in this repository: was it handed out?"
 MISTAKES = [
     (3, "label_smoothing=0.1", "label_smoothing=0.0"),
     (3, "u_code < probability[", "u_code >= probability["),
-    (4, "math.acos(r) / (math.pi / 2)", "1 - r"),
+    (4, "math.acos(done) / (math.pi / 2)", "1 - done"),
     (4, "score = score.masked_fill(known, math.inf)", "pass"),
     (5, "(noise - eps).square().mean(-1)", "(noise - eps).square().sum(-1)"),
     (5, "at(c.sqrt_abar, t) * x +", "x +"),
