@@ -67,8 +67,8 @@ LONGER = 600
 AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
-# shorter lengths of stage mixar, for FD against training time
-SHORTER = (200, 400)
+# lengths of stage mixar and the ends of their runs' names, for FD against training time
+LENGTHS = {200: "-200", 400: "-400", 900: ""}
 
 
 # the plan
@@ -156,11 +156,12 @@ def plan(data, seed):
         rows.append(score("curve discrete", "dcmix", FEW, "--decode", "discrete",
                           chosen="discrete"))
         rows += [score(f"curve {guidance}", guidance, FEW) for guidance in METHODS]
-        for n in SHORTER:
+        for n, end in LENGTHS.items():
             for guidance, chosen in (("none", "none"), ("dcmix", "guided")):
-                name = f"{guidance}-{n}"
-                rows.append(train(name, guidance, "--steps", str(n)))
-                rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
+                name = guidance + end
+                if end:
+                    rows.append(train(name, guidance, "--steps", str(n)))
+                    rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
 
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:
@@ -453,6 +454,29 @@ def x_d_alone(entries):
     return markdown(["FD of X_d alone", *DATA], rows)
 
 
+def figure_1(entries):
+    """FD and seconds of training against the length of stage mixar, on shapes."""
+    rows = []
+    for n, end in LENGTHS.items():
+        row = [str(n)]
+        for guidance in ("none", "dcmix"):
+            row.append(cell(found(entries, "shapes", f"curve {guidance}{end}")))
+            row.append(cell(found(entries, "shapes", f"train {guidance}{end}", "training"), 0))
+        rows.append(row)
+    return markdown(["steps", "none, FD", "seconds", "dcmix, FD", "seconds"], rows)
+
+
+def short_recipe(entries):
+    """Table 1's rows on shapes with the recipe of today."""
+    rows = []
+    for label, key, _ in TABLE_1[2:-1]:
+        FD = found(entries, "shapes", f"curve {key}")
+        CS = found(entries, "shapes", f"curve {key}", "CS")
+        seconds = found(entries, "shapes", f"train {key}", "training")
+        rows.append([label, cell(FD), cell(CS), cell(seconds, 0)])
+    return markdown(["shapes", "FD", "CS", "seconds of training"], rows)
+
+
 def ar_steps(entries):
     head = ["AR steps", "shapes, none", "shapes, dcmix"]
     head += ["fashion-mnist, none", "fashion-mnist, dcmix"]
@@ -482,6 +506,8 @@ def tables(entries):
         "Table 2": table_2(entries),
         "Figure 8": figure_8(entries),
         "X_d alone": x_d_alone(entries),
+        "Figure 1": figure_1(entries),
+        "short recipe": short_recipe(entries),
         "AR steps": ar_steps(entries),
         "diffusion steps": diffusion_steps(entries),
     }
