@@ -68,7 +68,7 @@ AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
 # lengths of stage mixar and the ends of their runs' names, for FD against training time
-LENGTHS = {200: "-200", 400: "-400", 900: ""}
+LENGTHS = {200: "-200", 600: "-600", 1200: ""}
 
 
 # the plan
