@@ -66,6 +66,7 @@ def train_tokenizer(args, shared, kind, source):
         made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
         loss=vae_loss if kind == "vae" else vq_loss,
     )
+    # a stage that is done but has no picture goes through `fit`, which then only draws it
     if figure.is_file() and is_done(args, stage):
         return
     pixels, _ = dataset.read_all(source)
@@ -80,7 +81,7 @@ def train_tokenizer(args, shared, kind, source):
     def preview(ema):
         output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
-    # only now is it known which pictures cannot be read
+    # now that all pictures are read, it is known which of them cannot be
     stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
     stage.meta = dict(skipped=source.skipped)
     stage.n = len(pixels)
