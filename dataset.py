@@ -419,7 +419,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
         return
     arrays = open_arrays(folder, "r+")
     # more at once take more memory, and more time
-    fill_cache(arrays, source, vae, vq, device, batch or max(2 ** 16 // source.size ** 2, 8))
+    fill_cache(arrays, source, vae, vq, device, batch or max(2 ** 15 // source.size ** 2, 8))
     mean, std = statistics(arrays["moments"], np.flatnonzero(arrays["status"] == 1))
     bits = vq.quantize.codebook.shape[1]
     meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,
