@@ -53,8 +53,7 @@ PRESETS = {
 def attention(q, k, v, heads, p=0.0):
     """softmax(q k^T / sqrt(D / heads)) v in each head, with dropout p on the weights.
 
-    On a CPU it is written out. The fused kernel is slower there in the backward pass, and in bf16
-    also in the forward pass.
+    On a CPU it is written out with gradients, and in bf16: there the fused kernel is slower.
 
     q: (B, L, D)
     k, v: (B, M, D)
@@ -119,6 +118,7 @@ class Block(nn.Module):
         self.cross = CrossAttention(D, heads) if cross else None
 
     def forward(self, x, discrete):
+        """discrete: DC-CA's memory (B, N, D), or whatever else, which is then not used"""
         x = x + self.attn(self.norm1(x))
         if self.cross is not None:
             x = x + self.cross(x, discrete)
@@ -190,7 +190,7 @@ class MAR(nn.Module):
         """The sequence that goes in: Eq. (9)'s x~ for dcmix, x_c itself for the other guidances.
 
         x_c: (B, N, d_c)
-        x_d: (B, N, d_d) bits, unused but for dcmix
+        x_d: (B, N, d_d) bits, used by dcmix only
         m: (B, N) bool
         Returns (B, N, d_c).
         """
@@ -206,17 +206,14 @@ class MAR(nn.Module):
         return self.z_proj_ln(x + self.encoder_pos_embed_learned)
 
     def embed_discrete(self, x_d):
-        """DC-SA's prefix or DC-CA's memory, with the position embeddings of x_c.
-
-    (B, N, d_d) -> (B, N, D)
-    """
+        """DC-SA's prefix or DC-CA's memory, positions added.   (B, N, d_d) -> (B, N, D)"""
         discrete = self.discrete_emb(tokenizers.bits_to_codes(x_d))
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """The V positions that the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
+        """The V = K + N - N' positions the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
         if self.mix_at == "encoder":
-            m = torch.zeros_like(m)                                  # all of x~: V = K + N
+            m = torch.zeros_like(m)                                  # all of x~: N' = 0
         masked = nn.functional.pad(m, (self.K, 0))                   # class tokens are visible
         count = masked.shape[1] - int(masked[0].sum())
         # a stable sort puts the visible positions, 0, first and keeps their order
@@ -434,7 +431,7 @@ class MaskBitPrior(nn.Module):
 
 
 def heads_of(D):
-    """The attention heads of an official model of width D, which no shape tells.
+    """The attention heads of an official model of width D, which no weight's shape tells.
 
     Each has 64 features, but there are at most 16 [MAR] [MaskBit] and at least 4 [ours].
     """
@@ -445,7 +442,7 @@ KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixa
 
 
 def load_model(path, kind):
-    """The model saved at `path`, its moving average for inference, and the checkpoint's dict.
+    """Returns (model, saved): the averaged weights ready for inference, and the checkpoint's dict.
 
     path: a checkpoint of train.py, its folder, or an official file
     kind: a key of KINDS

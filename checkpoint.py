@@ -85,9 +85,9 @@ def make_optimizer(model, recipe):
 
 
 def update_ema(ema, model, n, decay=EMA_DECAY):
-    """Update n (from 0) of the moving average, whose decay is (1 + n) / (10 + n) at first.   [ours]
+    """The n-th update (from 0) of the moving average.
 
-    So the start values fade sooner.
+    Its decay is (1 + n) / (10 + n) at first, so that the initial weights fade sooner.   [ours]
     """
     average = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
     average(list(ema.parameters()), list(model.parameters()), n)
@@ -100,7 +100,7 @@ class Stage:
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
     config: dict                       # the arguments of its model
-    made_from: dict                    # its pictures or tokens; they may not change later
+    made_from: dict                    # its pictures or tokens, which may not change later
     loss: Callable                     # loss(model, batch, rng, step)
     n: int = 0                         # how many pictures there are
     get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
@@ -115,7 +115,7 @@ class Stage:
 def finished(saved):
     """Whether the stage behind a checkpoint has made all the steps of its last command.
 
-    `read_stage` never trains such a tokenizer or prior further, and stages.is_done skips it.
+    `read_stage` refuses to train such a tokenizer or prior further; stages.is_done passes it over.
     """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
 
@@ -123,9 +123,10 @@ def finished(saved):
 def read_stage(args, stage):
     """The checkpoint of a stage, and a text on how this command differs from the one that began it.
 
-    Returns (None, "") if there is none. SystemExit if the stage was begun with another config or
-    made from something else. SystemExit, too, if a finished tokenizer or prior would have to be
-    trained further, because tokens and runs were made with it.
+    Returns (None, "") if there is none. SystemExit if the stage was begun with another config, made
+    from something else or, unless it is a finished tokenizer or prior, with another seed or batch.
+    SystemExit, too, if a finished tokenizer or prior would have to be trained further, because
+    tokens and runs were made with it.
     """
     kind = stage.kind
     if not stage.path.is_file():
@@ -139,7 +140,7 @@ def read_stage(args, stage):
         old["seed"] = saved["settings"]["seed"]
         finished_for_good = finished(saved) and kind != "mixar"
         if not finished_for_good:
-            # they decide about the pictures in each batch
+            # they decide which pictures a batch holds; what is left out here is not compared
             kept = kept | dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], kept)
     if finished_for_good and step < recipe["steps"]:
@@ -169,7 +170,7 @@ class State:
         model, ema, optimizer    the weights, their moving average, AdamW's moments
         step, ema_start          `step` and `before`
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
-        settings                 what a resumed run may not change: config, seed, made_from, ...
+        settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes
         meta                     what sampling needs, see sample.describe_run
     """

@@ -38,14 +38,14 @@ def center_crop(image, size):
 def read_rgb(path):
     """Any picture as RGB: transparency is laid on white, 16-bit grey scaled to 8 bits.   [ours]
 
-    ValueError for values of unknown range, and for strips of which a square crop shows nothing.
+    ValueError for values of unknown range, and for strips of which a square crop shows little.
     """
     with Image.open(path) as image:
         if image.mode in ("I", "F"):
             raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"a strip of {image.width} x {image.height} pixels")
-        # Phones store a picture as their sensor lay, and how to turn it.
+        # Phones store a picture as the sensor saw it, with a tag that says how to turn it.
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             grey = np.asarray(image, np.float64) / 257
@@ -56,8 +56,8 @@ def read_rgb(path):
         return image.convert("RGB")
 
 
-# A data set is a class like the three below, and an `if` in open_source. It is made from a folder,
-# the split "train" or "test", the size of the pictures and how many are wanted, None for all:
+# A data set is a class like the three below, and an `if` in open_source. It is made from a folder
+# (not Shapes), the split "train" or "test", the size of the pictures and how many, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
 #     names              a text for every picture that tells it from all others, also from those
 #                        of other data sets, and does not change when the folder is moved
@@ -109,7 +109,7 @@ def folders_in(folder):
 def find_split(root, split):
     """The folder with the pictures of a split, and whether it is held out from training.
 
-    `root` holds splits if it has a folder of each kind, or no other folders.
+    `root` holds splits if it has one for training and one held out, or only folders of such names.
     """
     folders = {path.name.lower(): path for path in folders_in(root)}
     train = [folders.pop(name) for name in ("train", "training") if name in folders]

@@ -1,7 +1,8 @@
 """One rule for reading a file, and one for writing it. Weights become a model in `build`.
 
 Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
-do. A file is written whole or not at all, and never by two programs at once.
+do. `write_whole` writes a file whole or not at all. Inside `locked`, no other program writes into
+the folder.
 
 Reads no other file of this folder. Feeds all that read or write files.
 With the paper open it can be skipped.

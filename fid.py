@@ -4,7 +4,7 @@
 `measure` streams pictures through a network of features.py and takes mean and covariance of the
 features; `frechet_distance` compares those of two sets.
 
-A run is sampled with its own settings. For other settings, sample.py first writes the pictures.
+A run is sampled with its own settings. For other settings, write the pictures with sample.py first.
 Reads runs through sample.py, data sets through dataset.py and networks through features.py, writes
 JSON. It is the last file.
 Try: python fid.py runs/shapes-dcmix shapes
@@ -29,6 +29,7 @@ import features
 import output
 import sample
 import train
+
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """The Frechet distance of two normal distributions, a float.   [Heusel 2017]

@@ -148,7 +148,7 @@ def sample_folder(system, folder, labels, args, given):
     if rank == 0:
         begin_folder(folder, system, args)
     train.barrier()
-    # an empty one is none
+    # an empty file does not count
     done = {path for path in folder.glob("*.png") if path.stat().st_size > 0}
     missing = [i for i in range(rank, len(labels), ranks) if png(folder, i) not in done]
     seconds = 0.0
@@ -192,7 +192,7 @@ def pack(folder, count, out, columns):
         save_png(tile(torch.tensor(pictures).permute(0, 3, 1, 2), columns), out)
     for file in files:
         file.unlink()
-    # more of an earlier command may be there
+    # pictures of an earlier, longer command may be there
     if {path.name for path in folder.iterdir()} == {"settings.json", ".lock"}:
         (folder / "settings.json").unlink()
         (folder / ".lock").unlink()

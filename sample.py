@@ -91,7 +91,7 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
 
     y: (B,) int, the classes
     choose: choose(logits (B, N, S, 2^e)) samples codes (B, N, S)
-    gumbel: gumbel() gives Gumbel noise (B, N, S), times `temperature` falling to 0 over the steps
+    gumbel: gumbel() gives Gumbel noise (B, N, S), scaled by `temperature`, which falls to 0
     cfg, power: the guidance scale, see prior_cfg_at
     Returns bits (B, N, S e) in {-1, +1}.
     """
@@ -137,7 +137,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     y: (B,) int, the classes
     order: (B, N), a permutation for each image, filled from its end
     noise: noise(now (B, N) bool, n) gives (n, rows, C) for n diffusion steps of these tokens
-    diffusion_steps: of every AR step, or [of the first, of the last] with a line between [ours]
+    diffusion_steps: of every AR step, or [first, last], with a line between [ours]
     cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known, or "constant"
     temperature, bound: see DiffusionHead.sample
     on_step: on_step(m) sees the mask after every AR step

@@ -173,8 +173,8 @@ def check_flags_in_advance(args, shared, run, classes):
         a = ours.resolve()
         b = other.resolve()
         if a == b or a in b.parents or b in a.parents:
-            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
-                             "choose another --runs or --out")
+            raise SystemExit(f"of {ours}, where this run would be, and {other}, one lies in the "
+                             "other; choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
         if not file:

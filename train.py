@@ -3,12 +3,12 @@
 Here are the losses of MixAR and the prior, the loop (`fit`), torch.distributed, AMP and the flags.
 stages.py says what each model is trained on. A stopped run goes on where it was.
 
-Reads tokenizers, mixing, backbone and checkpoint.py, writes runs/. Feeds stages, sample, output and
-fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
+Reads disk, tokenizers, mixing, diffusion_head, backbone and checkpoint.py, writes runs/. Feeds
+stages, sample, output, features and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
 Try: torchrun train.py --guidance dcmix
 
-B pictures (in `Rng` and `step_batches` those of all processes, else those of this one's part),
-N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
+B pictures: of the whole batch in `Rng` and `step_batches`, elsewhere of the part that a process
+computes at once. N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
 import copy
@@ -36,7 +36,7 @@ from diffusion_head import T
 LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SEED_DISTANCE = 10_000_019   # seeds share no random numbers in runs of fewer steps
+SEED_DISTANCE = 10_000_019   # two seeds share no random numbers in runs of fewer steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
@@ -85,7 +85,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...): drawn image by image, used for the rows of z[m]."""
+    """(B, R, N', ...) -> (R, B N', ...): drawn image by image, then in the order of z[m]'s rows."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -242,8 +242,8 @@ def fit(args, stage):
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, stage, state)
-        if rank == 0 and kind != "mixar" and saved and saved["step"] >= steps:
-            # it was begun with more steps; saved with this command's recipe, it counts as finished
+        if rank == 0 and kind != "mixar" and saved and not checkpoint.finished(saved):
+            # begun with more steps than this command asks for: saved again, it counts as finished
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -287,13 +287,14 @@ def train_steps(args, stage, state):
         if rank == 0:
             log.write(state.step, value, lr, norm)
             due = last or stopping or picture or state.step % args.save_every == 0
-            # the weights may be what made the loss not finite
+            # weights whose loss is not finite are not saved
             if due and failed == 0:
                 state.save()
             if picture and failed == 0 and not (last or stopping):
                 stage.preview(state.ema.eval())
         if stopping:
-            say(f"\n{kind}: stopped by a signal at step {state.step}, saved in {stage.path}")
+            end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
+            say(f"\n{kind}: stopped by a signal at step {state.step}, {end}")
             # without a signal of our own, another process has one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
