@@ -104,7 +104,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block.   [MAR]
 
-    cross: with a cross-attention to the discrete tokens after the self-attention (DC-CA)
+    cross: with a cross-attention to `discrete` (B, N, D) after the self-attention (DC-CA). Without
+        it, `discrete` is not used.
     """
 
     def __init__(self, D, heads, p, cross):
@@ -118,7 +119,6 @@ class Block(nn.Module):
         self.cross = CrossAttention(D, heads) if cross else None
 
     def forward(self, x, discrete):
-        """discrete: DC-CA's memory (B, N, D), or whatever else, which is then not used"""
         x = x + self.attn(self.norm1(x))
         if self.cross is not None:
             x = x + self.cross(x, discrete)
