@@ -242,7 +242,7 @@ def fit(args, stage):
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, stage, state)
-        if rank == 0 and kind != "mixar" and saved and not checkpoint.finished(saved):
+        if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
             # begun with more steps than this command asks for: saved again, it counts as finished
             state.save()
         if rank == 0 and stage.preview:

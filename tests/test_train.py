@@ -720,12 +720,17 @@ def test_a_run_is_not_gone_on_with_as_another_model(runs, tmp_path, flags, words
 
 
 def test_a_picture_that_a_killed_stage_lacks_is_drawn(runs, tmp_path):
-    """Killed between the last step and the picture: the next start draws it."""
+    """Killed between the last step and the picture: the next start draws it, and saves nothing.
+
+    Another seed's command must not write its seed into the checkpoint.
+    """
     shutil.copytree(runs / "shapes" / "vae", tmp_path / "shapes" / "vae")
     picture = tmp_path / "shapes" / "vae" / "reconstructions.png"
     picture.unlink()
-    train.main(["--runs", str(tmp_path), *SMALL, "--stage", "vae"])
-    assert picture.read_bytes() == (runs / "shapes/vae/reconstructions.png").read_bytes()
+    train.main(["--runs", str(tmp_path), *SMALL, "--stage", "vae", "--seed", "7"])
+    for name in ("reconstructions.png", "last.pt"):
+        made = tmp_path / "shapes" / "vae" / name
+        assert made.read_bytes() == (runs / "shapes" / "vae" / name).read_bytes()
 
 
 def test_tokenizers_of_other_pictures_are_refused(runs, tmp_path):
