@@ -112,7 +112,11 @@ def find_weights(args, run, data):
 def open_extractor(args, a, b):
     """The feature network of --features."""
     run = a.run or (b and b.run)
-    data = run.meta["data"] if run else (b and b.data) or a.data
+    data = a.data
+    if run:
+        data = run.meta["data"]
+    elif b and b.data:
+        data = b.data
     path = find_weights(args, run, data)
     return features.load_extractor(path, args.resize, args.size or (run and run.size), args.device)
 
@@ -371,12 +375,6 @@ def check_writable(file, suffix, measured):
     tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def main(argv=None):
-    args = parse(argv)
-    with train.end_in_one_line():
-        evaluate(args)
-
-
 def evaluate(args):
     """The whole program: see the head of this file."""
     start = time.time()
@@ -399,6 +397,12 @@ def evaluate(args):
         measured.append(measure(b, None, extractor, args, a.run, "vae"))
         measured.append(measure(b, None, extractor, args, a.run, "vq"))
     write_report(measured, reference, extractor, args, start)
+
+
+def main(argv=None):
+    args = parse(argv)
+    with train.end_in_one_line():
+        evaluate(args)
 
 
 if __name__ == "__main__":
