@@ -310,7 +310,8 @@ def open_source(data, split, size, count):
     """The pictures of `data`, "shapes" or a folder.
 
     split: "train", or "test" for the held-out ones
-    size, count: their height and width; how many, None for all (of the endless shapes 10,000)
+    size: their height and width
+    count: how many, None for all (of the endless shapes 10,000)
     """
     root = Path(data)
     if data == "shapes":
@@ -352,7 +353,7 @@ def read_all(source):
 
 
 def report_skipped(source, reasons):
-    """Note in source.skipped which pictures cannot be read, and print why {number: reason}."""
+    """Note and print {number: reason} of unreadable pictures. SystemExit if none can be read."""
     n = len(source.labels)
     if len(reasons) == n:
         first = next(iter(reasons.values()))

@@ -222,6 +222,7 @@ def update(args, ddp, state, batches, asked_to_stop=False):
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
+        # Muon multiplies matrices
         with autocast(args.amp, device):
             state.optimizer.step()
     return loss, norm, stopping > 0
@@ -324,7 +325,6 @@ def mean_over_ranks(q):
         return q
     total = q.detach().clone()
     dist.all_reduce(total)
-    # the value is the mean, the gradient that of q
     return q + (total / dist.get_world_size() - q).detach()
 
 

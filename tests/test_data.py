@@ -274,6 +274,10 @@ def test_a_cache_goes_with_its_pictures_when_their_folder_moves(folder, tmp_path
     source = open_folder(tmp_path / "moved")
     dataset.cache_tokens(tmp_path / "out", source, *tokenizers_of_test, "cpu")
     assert (tmp_path / "out" / "meta.json").read_bytes() == made
+    # made anew there, it is what a prior and a MixAR run were made from before
+    dataset.cache_tokens(tmp_path / "new", source, *tokenizers_of_test, "cpu")
+    caches = [dataset.Tokens(tmp_path / name) for name in ("out", "new")]
+    assert caches[0].made_from == caches[1].made_from
 
 
 def test_a_name_that_is_not_utf8_is_trained_on(tmp_path, capsys):

@@ -541,6 +541,17 @@ def test_muon_is_that_of_torch_for_matrices_of_blocks_and_adamw_for_the_rest():
     torch.testing.assert_close(ours.other.weight, theirs.other.weight)
 
 
+def test_muon_decays_the_weights_as_adamw_does():
+    """Where the gradient is 0, a step only takes the share lr * decay of a weight away."""
+    recipe = dict(lr=0.1, betas=(0.9, 0.95), decay=0.5, muon=True)
+    model = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Linear(3, 2)])))
+    weight = model.blocks[0].weight
+    start = weight.detach().clone()
+    weight.grad = torch.zeros(2, 3)
+    checkpoint.make_optimizer(model, recipe).step()
+    torch.testing.assert_close(weight.detach(), 0.95 * start)
+
+
 def test_the_gradient_is_clipped_to_the_norm_of_clip():
     """A gradient of 1000 becomes one of 3 before the optimizer sees it.
 

@@ -719,6 +719,15 @@ def test_a_run_is_not_gone_on_with_as_another_model(runs, tmp_path, flags, words
     assert weights(run, "step") == 2
 
 
+def test_a_stop_after_a_loss_that_is_not_finite_says_that_nothing_is_saved(
+        runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "update", lambda *given: (float("nan"), 1.0, True))
+    with pytest.raises(SystemExit):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 4))
+    assert "stopped by a signal at step 1, not saved" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 def test_a_picture_that_a_killed_stage_lacks_is_drawn(runs, tmp_path):
     """Killed between the last step and the picture: the next start draws it, and saves nothing.
 
@@ -910,6 +919,8 @@ def test_larger_presets_follow_mars_recipe(preset):
     recipe = train.parse(["--preset", preset, *FILES]).recipe["mixar"]
     assert recipe["steps"] == 400 * 625 and recipe["batch"] == 2048
     assert recipe["lr"] == pytest.approx(8e-4)
+    smaller = train.parse(["--preset", preset, *FILES, "--batch-size", "512"])
+    assert smaller.recipe["mixar"]["lr"] == pytest.approx(2e-4)
     assert recipe["betas"] == (0.9, 0.95) and recipe["decay"] == 0.02 and recipe["draws"] == 4
     assert train.CLIP == 3.0 and checkpoint.EMA_DECAY == 0.9999 and train.LABEL_DROP == 0.1
     recipe["steps"] = 1000
