@@ -8,6 +8,7 @@ With the paper open it can be skipped.
 Try: head runs/shapes-dcmix/log.csv
 """
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,21 +27,31 @@ LOG_EVERY = 10               # steps between rows of log.csv
 
 
 def orthogonal(g):
-    """About U V^T for a matrix g = U S V^T, by five Newton-Schulz steps.   [Muon]"""
-    wide = g if len(g) <= g.shape[1] else g.T
-    x = nn.functional.normalize(wide, dim=(0, 1))
+    """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
+
+    A step multiplies x by a polynomial p of x x^T. That is smaller than x, so the product q of all
+    p is taken first.
+
+    g: (k, rows, columns)
+    """
+    wide = g if g.shape[1] <= g.shape[2] else g.mT
+    x = nn.functional.normalize(wide, dim=(1, 2))
+    gram = x @ x.mT
+    one = torch.eye(x.shape[1], device=x.device)
+    q = one
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide is g else x.T
+        p = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
+        q = p @ q
+        gram = p @ gram @ p
+    x = q @ x
+    return x if wide is g else x.mT
 
 
 class Muon(torch.optim.AdamW):
     """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
 
     The entries of such an update are as large as AdamW's, so that both take the same rate.
-    torch.optim.Muon computes in bf16, which takes a second a step on CPUs without it. This one
-    computes in the precision of --amp, so a step is made inside `train.autocast`.
+    torch.optim.Muon computes in bf16 and one matrix at a time, which takes longer here.
 
     matrices: the set of these parameters; kernels of convolutions are taken as matrices
     """
@@ -49,20 +60,29 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **settings)
         self.matrices = matrices
 
+    def direction(self, p):
+        """Update the momentum of p, and return the matrix that is to be made orthogonal."""
+        if p not in self.state:
+            # named as AdamW's, which must find a step
+            self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+        momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
+        return p.grad.lerp(momentum, 0.95).flatten(1)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in self.matrices.intersection(group["params"]):
-                if p not in self.state:
-                    # named as AdamW's, which must find a step
-                    self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-                direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(direction.shape) ** 0.5
-                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
-                # AdamW then leaves it alone
-                p.grad = None
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p in self.matrices:
+                    same_shape[p.shape].append(p)
+            for parameters in same_shape.values():
+                directions = orthogonal(torch.stack([self.direction(p) for p in parameters]))
+                size = 0.2 * max(directions[0].shape) ** 0.5
+                for p, direction in zip(parameters, directions):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(direction.view_as(p), alpha=group["lr"] * size)
+                    # AdamW then leaves it alone
+                    p.grad = None
         super().step()
 
 

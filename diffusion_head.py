@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import embedding, layer_norm, silu
+from torch.nn.functional import layer_norm, silu
 from torch.utils.checkpoint import checkpoint as recompute
 
 T = 1000                                                             # [MAR]
@@ -202,11 +202,7 @@ class TimeEmbed(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t):
-        if t.numel() <= T:
-            return self.mlp(self.frequencies(t))
-        # more rows than timesteps: each timestep is embedded once, then looked up
-        every_t = torch.arange(T, device=t.device)
-        return embedding(t, self.mlp(self.frequencies(every_t)))
+        return self.mlp(self.frequencies(t))
 
 
 class ResBlock(nn.Module):

@@ -43,10 +43,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
-    d = len(mu1)
-    if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
-        means, covariances = f"{mu1.shape} and {mu2.shape}", f"{sigma1.shape} and {sigma2.shape}"
-        raise ValueError(f"mu {means}, sigma {covariances} do not fit together")
+    shapes = [a.shape for a in (mu1, mu2, sigma1, sigma2)]
+    d = mu1.size
+    if shapes != [(d,), (d,), (d, d), (d, d)]:
+        raise ValueError(f"the shapes of mu and sigma do not fit together: {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("the statistics hold values that are not finite")
 
@@ -382,8 +382,6 @@ def evaluate(args):
         check_writable(args.json, ".json", [args.pictures, args.reference])
     if args.save_stats:
         check_writable(args.save_stats, ".npz", [args.pictures, args.reference])
-    # features are fp32 on every device
-    torch.backends.cudnn.allow_tf32 = False
     a = PictureSet(args.pictures, args.device)
     name = args.reference or (a.run and a.data)
     b = PictureSet(name, args.device) if name else None

@@ -17,6 +17,10 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 
 import disk
 
+# On a GPU, convolutions compute in fp32, not in TF32: rounding would change some bits of x_d. The
+# same holds for the features of fid.py.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def reparameterize(mean, std, noise):
     """Eq. (7): x_c, a sample of the VAE's posterior. noise is standard normal; all of one shape."""

@@ -222,9 +222,7 @@ def update(args, ddp, state, batches, asked_to_stop=False):
     # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        # Muon multiplies matrices
-        with autocast(args.amp, device):
-            state.optimizer.step()
+        state.optimizer.step()
     return loss, norm, stopping > 0
 
 
@@ -472,11 +470,11 @@ def settle(args):
     args.recipe = copy.deepcopy(RECIPES[args.preset])
     if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
         raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
-    useless = {"--ti-mix": args.ti_mix and args.guidance == "none",
-               "--mix-at encoder": args.mix_at == "encoder" and args.guidance != "dcmix"}
-    for flag, is_useless in useless.items():
-        if is_useless:
-            raise SystemExit(f"{flag} means nothing with --guidance {args.guidance}: leave it out")
+    without_x_d = args.ti_mix and args.guidance == "none"
+    without_mixing = args.mix_at == "encoder" and args.guidance != "dcmix"
+    if without_x_d or without_mixing:
+        flag = "--ti-mix" if without_x_d else "--mix-at encoder"
+        raise SystemExit(f"{flag} means nothing with --guidance {args.guidance}: leave it out")
     steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
         recipe["steps"] = steps[kind] or recipe["steps"]
