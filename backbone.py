@@ -146,9 +146,11 @@ class MAR(nn.Module):
     N: tokens
     d_c, d_d: channels of x_c, bits of x_d
     classes: number of classes
-    D, depth, heads: width, blocks of the encoder (as many of the decoder), attention heads
+    D, heads: width and attention heads
+    depth: blocks of the encoder, and as many of the decoder
     K: class tokens
-    head_depth, head_width, dropout: size of the diffusion head, dropout of the blocks
+    head_depth, head_width: blocks and width of the diffusion head
+    dropout: of the blocks
     guidance: one of GUIDANCES
     mix_at: "decoder" or "encoder", where Eq. (9)'s discrete tokens enter (dcmix only)
     """
@@ -268,6 +270,7 @@ class MAR(nn.Module):
         discrete = None
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
+        # with mix_at="encoder", all positions are visible
         visible = self.visible_positions(m)                          # (B, V)
         seen, discrete = self.encode(gather(embedded, visible), discrete)
 
@@ -410,6 +413,7 @@ class MaskBitPrior(nn.Module):
             x = feed_forward(attend(x))
         if self.norm_after_transformer is not None:
             x = self.norm_after_transformer(x)
+        # the class is the last token here, where MAR has its class tokens first
         logits = self.prediction_layer(self.last_layer(x))[:, :-1]   # (B, N, S 2^e)
         return logits.unflatten(-1, (self.splits, self.codes)).float()
 

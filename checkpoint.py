@@ -63,7 +63,7 @@ class Muon(torch.optim.AdamW):
     def direction(self, p):
         """Update the momentum of p, and return the matrix that is to be made orthogonal."""
         if p not in self.state:
-            # named as AdamW's, which must find a step
+            # AdamW.step looks for these two names in a parameter's state
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
         momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
         return p.grad.lerp(momentum, 0.95).flatten(1)
@@ -89,7 +89,8 @@ class Muon(torch.optim.AdamW):
 def make_optimizer(model, recipe):
     """AdamW, with decay only for matrices and tables outside the diffusion head.   [MAR]
 
-    With `muon`, the matrices of all blocks get Muon's updates, also those of the head.   [ours]
+    With `muon`, the matrices of the blocks get Muon's updates, also those of the head. The betas of
+    the recipe are then those of all other parameters.   [ours]
     """
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and "diffloss" not in name]
@@ -99,6 +100,7 @@ def make_optimizer(model, recipe):
     settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
     if not recipe["muon"]:
         return torch.optim.AdamW(groups, **settings)
+    # of MAR and the head, of the prior, of the tokenizers
     blocks = ("blocks.", "layers.", "block.")
     matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
     return Muon(groups, matrices, **settings)
@@ -160,7 +162,7 @@ def read_stage(args, stage):
         old["seed"] = saved["settings"]["seed"]
         finished_for_good = finished(saved) and kind != "mixar"
         if not finished_for_good:
-            # they decide which pictures a batch holds; what is left out here is not compared
+            # they decide which pictures a batch holds. check_same compares only what both have
             kept = kept | dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], kept)
     if finished_for_good and step < recipe["steps"]:
@@ -184,15 +186,16 @@ def skipped_before(folder, kind):
 class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
-    before: how many steps the run of --init had made
+    before: how many steps the run of --init had made; rate, average, data order and random numbers
+        go on after it
 
     A checkpoint, last.pt, is a dict of
-        model, ema, optimizer    the weights, their moving average, AdamW's moments
+        model, ema, optimizer    the weights, their moving average, the optimiser's moments
         step, ema_start          `step` and `before`
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes
-        meta                     what sampling needs, see sample.describe_run
+        meta                     what sampling needs, see stages.describe_run
     """
 
     def __init__(self, args, stage):

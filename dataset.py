@@ -65,6 +65,7 @@ def read_rgb(path):
 #     held_out           whether the pictures are not used in training
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
+# open_source adds `data`, the folder, and `skipped`, the names of pictures that cannot be read.
 
 
 def choose(n, count):
@@ -91,7 +92,7 @@ def files_below(folder):
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not hidden(name))
         if os.path.realpath(place) in seen:
-            # a link that leads in a circle, or to a folder that another one has led to
+            # a link that leads in a circle, or where another one has led
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
@@ -127,8 +128,7 @@ def find_split(root, split):
 class Folder:
     """Class folders, DIR/class/picture. Without class folders, DIR is one class. See find_split."""
 
-    # Mirror images are cached, too.   [MAR]
-    mirror = True
+    mirror = True                      # the cache has mirror images, too   [MAR]
 
     def __init__(self, root, split, size, count):
         root, self.held_out = find_split(root, split)
@@ -227,8 +227,8 @@ class Idx:
         image = self.images[i]
         if max(image.shape) > self.size:
             image = np.asarray(center_crop(Image.fromarray(image), self.size))
-        rows, columns = (self.size - side for side in image.shape)
-        edges = ((rows // 2, (rows + 1) // 2), (columns // 2, (columns + 1) // 2))
+        extra = [self.size - side for side in image.shape]
+        edges = [(n // 2, (n + 1) // 2) for n in extra]
         return np.broadcast_to(np.pad(image, edges), (3, self.size, self.size))
 
 
@@ -353,7 +353,7 @@ def read_all(source):
 
 
 def report_skipped(source, reasons):
-    """Note and print {number: reason} of unreadable pictures. SystemExit if none can be read."""
+    """Set source.skipped and print {number: reason}. SystemExit if no picture can be read."""
     n = len(source.labels)
     if len(reasons) == n:
         first = next(iter(reasons.values()))
@@ -381,16 +381,16 @@ def open_arrays(folder, mode):
     return arrays
 
 
-def begin_cache(folder, source, row):
-    """Make the files of a token cache for all pictures of a source; `row` has one row of each."""
+def begin_cache(folder, source, example):
+    """Make a token cache's files for all pictures; `example`, {name: array}, has one picture."""
     folder.mkdir(parents=True, exist_ok=True)
     n = len(source.labels)
-    need = sum(n * value.nbytes for value in row.values())
+    need = sum(n * value.nbytes for value in example.values())
     free = shutil.disk_usage(folder).free
     if need > free:
         raise SystemExit(f"{folder}: the tokens of {n} pictures take {need / 1e9:.3g} GB, but "
                          f"{free / 1e9:.3g} GB are free; choose another --runs, or --images")
-    for name, value in row.items():
+    for name, value in example.items():
         shape = (n, *value.shape[1:])
         array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", ARRAYS[name], shape)
         if name == "labels":
@@ -408,9 +408,9 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq))
     if not meta:
         black = np.zeros((1, 3, source.size, source.size), np.uint8)
-        row = tokenizers.encode_pictures(black, vae, vq, device, source.mirror)
-        row |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
-        begin_cache(folder, source, row)
+        example = tokenizers.encode_pictures(black, vae, vq, device, source.mirror)
+        example |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
+        begin_cache(folder, source, example)
         meta = dict(made_from=describe(source, []) | made_with, classes=source.classes, skipped=[])
         disk.write_json(folder / "meta.json", meta)
     with disk.reading(folder / "meta.json", "note of a token cache; remove it"):
@@ -440,12 +440,12 @@ def fill_cache(arrays, source, vae, vq, device, batch):
             good = [i for i in rows if i not in reasons]
             if good:
                 x = np.stack([pictures[i] for i in good])
-                row = tokenizers.encode_pictures(x, vae, vq, device, source.mirror)
-                for name, value in row.items():
+                encoded = tokenizers.encode_pictures(x, vae, vq, device, source.mirror)
+                for name, value in encoded.items():
                     arrays[name][good] = value
             # The status comes last, when the rows themselves are there.
-            status[rows] = 2
             status[good] = 1
+            status[np.setdiff1d(rows, good)] = 2
     report_skipped(source, reasons)
 
 

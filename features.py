@@ -158,12 +158,12 @@ class Inception(nn.Module):
     """The network of TensorFlow's 2015 graph, under the names of its released PyTorch file.
 
     resize: "torch-fidelity" or "pytorch-fid", the only difference between their features.
-    size: pictures are cropped to this side before they are resized to 299.
+    size: the side to which fid.py crops pictures before they come here.
     """
 
-    samples = 50000
-    score = "inception_score"
-    width = 2048
+    samples = 50000                    # of a run, unless --count says otherwise
+    score = "inception_score"          # its name in a report
+    width = 2048                       # of the features
 
     def __init__(self, resize="torch-fidelity", size=None):
         super().__init__()
@@ -200,6 +200,7 @@ class Inception(nn.Module):
         else:
             x = interpolate(images.float() / 255, (299, 299), mode="bilinear")
             x = 2 * x - 1
+        # in the order of __init__; `fc` is the last
         *layers, fc = self.children()
         for layer in layers:
             x = layer(x)
@@ -289,8 +290,8 @@ def released_weights():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH)
     except (OSError, RuntimeError) as error:
-        advice = f"cannot be fetched ({error}); put it there, or name it by --features"
-        raise SystemExit(f"{path}: no such file, and {URL} {advice}") from None
+        raise SystemExit(f"{path}: no such file, and {URL} cannot be fetched ({error}); put it "
+                         "there, or name it by --features") from None
     return path
 
 

@@ -361,14 +361,14 @@ def write_report(measured, reference, extractor, args, start):
         print(json.dumps(report, indent=1))
 
 
-def check_writable(file, suffix, measured):
+def check_writable(file, suffix, inputs):
     """SystemExit, before anything is measured, if a file could not or should not be written.
 
-    suffix: how its name must end, so that no run, picture or device is written over
-    measured: the other files that the command names
+    suffix: how its name must end, so that no run or picture is written over
+    inputs: the other files that the command names
     """
     path = Path(file)
-    named_twice = path.resolve() in [Path(other or "").resolve() for other in measured]
+    named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
     if path.suffix != suffix or path.is_dir() or named_twice:
         raise SystemExit(f"{file}: name a {suffix} file to write that is not what is measured")
     path.parent.mkdir(parents=True, exist_ok=True)

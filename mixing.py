@@ -30,9 +30,8 @@ def check_mask(m, *tokens):
     tokens: tensors (B, N, d), all of one shape
     ValueError otherwise.
     """
-    is_mask = m.dtype == torch.bool and m.dim() == 2
     fit = [x.shape[:-1] == m.shape and x.shape == tokens[0].shape for x in tokens]
-    if not is_mask or not all(fit):
+    if m.dtype != torch.bool or m.dim() != 2 or not all(fit):
         shapes = [tuple(x.shape) for x in tokens]
         raise ValueError(f"tokens {shapes} and the mask {tuple(m.shape)} {m.dtype} do not fit: "
                          "expected (B, N, d), all of one shape, and (B, N) bool")
@@ -47,6 +46,7 @@ def mask_ratio(u, low=0.7):
     u: float in [0, 1]
     Returns a float in [low, 1].
     """
+    # ndtr is the standard normal distribution function, ndtri its inverse
     at_low = ndtr((low - 1) / 0.25)
     at_one = 0.5
     return float(1 + 0.25 * ndtri(at_low + u * (at_one - at_low)))
@@ -58,8 +58,7 @@ def hide(order, count):
     order: (B, N) int, a permutation in each row
     Returns (B, N) bool.
     """
-    first = torch.arange(order.shape[1], device=order.device).expand_as(order) < count
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, first)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
 def sample_mask(order, ratio):
@@ -138,8 +137,8 @@ def predict_masked(g_M, x_d, m, y, u):
     """
     with torch.no_grad():
         logits = g_M(mask_discrete(x_d, m), y)                       # (B, N, S, 2^e)
-    bits_per_group = x_d.shape[-1] // logits.shape[2]
-    x_hat = tokenizers.codes_to_bits(sample_codes(logits, u), bits_per_group)
+    e = x_d.shape[-1] // logits.shape[2]
+    x_hat = tokenizers.codes_to_bits(sample_codes(logits, u), e)     # (B, N, d_d)
     return torch.where(m[..., None], x_hat, x_d)
 
 
@@ -155,6 +154,7 @@ def ti_mix(x_d, x_hat, m, rho, lam):
     Returns x~_d (B, N, d_d). ValueError on any other shapes or lambda.
     """
     check_mask(m, x_d, x_hat)
+    # rho must be (B, N), too
     check_mask(m, rho[..., None])
     if not 0 <= lam <= 1:
         raise ValueError(f"lambda must lie in [0, 1], got {lam}")

@@ -41,8 +41,7 @@ def check_finite(x):
 
 def tile(images, columns):
     """uint8 (n, 3, H, W) -> one Pillow image, row by row; what the last row lacks is black."""
-    _, _, H, W = images.shape
-    black = images.new_zeros(-len(images) % columns, 3, H, W)
+    black = images.new_zeros(-len(images) % columns, *images.shape[1:])
     rows = torch.cat([images, black]).unflatten(0, (-1, columns))            # (rows, columns, ...)
     page = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)           # (H', W', 3)
     return Image.fromarray(page.cpu().numpy())

@@ -12,7 +12,6 @@ B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to pr
 """
 import argparse
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,10 +47,8 @@ def image_rng(seed, indices, stream, device="cpu"):
     stream: 0 for X_d, 1 for X_c
     Returns rng: rng(f) calls f(generator) for the generator of every image, and stacks the arrays.
     """
-    generators = []
-    for i in indices:
-        philox = np.random.Philox(key=[seed, 2 * int(i) + stream])
-        generators.append(np.random.Generator(philox))
+    keys = [[seed, 2 * int(i) + stream] for i in indices]
+    generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def rng(f):
         drawn = [f(generator) for generator in generators]
@@ -79,6 +76,7 @@ def least_certain(score, known, done):
     ratio = math.acos(done) / (math.pi / 2)
     ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
+    # after the last step k may be 0
     k = min(k, int((~known[0]).sum()) - 1)
     ascending, _ = score.flatten(1).sort(dim=1)
     threshold = ascending[:, k - 1]                                          # (B,)
@@ -128,6 +126,13 @@ def hidden_after(s, steps, N, n_hidden):
     return max(1, min(n_hidden - 1, n_left))
 
 
+def diffusion_steps_at(s, ar_steps, diffusion_steps):
+    """The diffusion steps of AR step s: an int, or on a line between [first, last].   [ours]"""
+    if isinstance(diffusion_steps, int):
+        return diffusion_steps
+    return round(np.interp(s, (0, max(ar_steps - 1, 1)), diffusion_steps))
+
+
 @torch.no_grad()
 def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, schedule="linear",
              temperature=1.0, bound=None, on_step=None):
@@ -137,7 +142,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     y: (B,) int, the classes
     order: (B, N), a permutation for each image, filled from its end
     noise: noise(now (B, N) bool, n) gives (n, rows, C) for n diffusion steps of these tokens
-    diffusion_steps: of every AR step, or [first, last], with a line between [ours]
+    diffusion_steps: see diffusion_steps_at
     cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known, or "constant"
     temperature, bound: see DiffusionHead.sample
     on_step: on_step(m) sees the mask after every AR step
@@ -150,7 +155,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     for s in range(ar_steps):
         n_left = hidden_after(s, ar_steps, N, n_hidden)
         # MAR computes the scale before it sets the last step's n_left to 0, and so do we
-        scale = 1 + (cfg - 1) * (N - n_left) / N if schedule == "linear" else cfg
+        known = (N - n_left) / N if schedule == "linear" else 1
+        scale = 1 + (cfg - 1) * known
         if s == ar_steps - 1:
             n_left = 0
         m = mixing.hide(order, n_hidden)
@@ -158,8 +164,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
         z = model(x, x_d, m, y, ~no_class)[now]                              # (rows, D)
         z_uncond = model(x, x_d, m, y, no_class)[now] if cfg != 1 else None
-        first_and_last = np.broadcast_to(diffusion_steps, 2)
-        n = round(np.interp(s, (0, max(ar_steps - 1, 1)), first_and_last))
+        n = diffusion_steps_at(s, ar_steps, diffusion_steps)
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
         n_hidden = n_left
         if on_step:
@@ -167,29 +172,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     return x_c
 
 
-def describe_run(args, shared, run, tokens, prior):
-    """What a checkpoint of train.py says beside the model: all that `System` needs."""
-    def place(kind, given):
-        """The full path of a user's file, or the relative path from the run to one of ours."""
-        return os.path.realpath(given) if given else relative(shared / kind)
-
-    def relative(path):
-        # links are followed first, since `..` leads out of the folder that a link points to
-        return os.path.relpath(os.path.realpath(path), os.path.realpath(run))
-
-    data = args.data if args.data == "shapes" else os.path.realpath(args.data)
-    made_from = tokens.made_from
-    return dict(
-        data=data, classes=tokens.classes, tokens=made_from,
-        latent_mean=tokens.mean.tolist(), latent_std=tokens.std.tolist(),
-        sampling=SAMPLING[args.preset], shared=relative(shared),
-        files=dict(vae=(place("vae", args.vae), made_from["vae"]),
-                   vq=(place("vq", args.vq), made_from["vq"]),
-                   prior=(place("prior", args.prior), disk.fingerprint(prior))))
-
-
 def describe_official(model):
-    """The same for an official MAR, whose latents are KL-16's times 0.2325.   [MAR]"""
+    """What stages.describe_run says of a run, for an official MAR on KL-16's latents.   [MAR]"""
     n, D = model.class_emb.weight.shape
     preset = {768: "base", 1280: "huge"}.get(D, "large")
     classes = [str(k) for k in range(n)]
@@ -215,12 +199,12 @@ class System:
         self.path = self.path.resolve()
         self.device = torch.device(device)
         self.amp = amp
-        model, checkpoint = backbone.load_model(self.path, "mixar")
+        model, saved = backbone.load_model(self.path, "mixar")
         # autocast keeps its copy of a weight in bf16 only while the weight requires a gradient
         self.model = model.to(self.device).requires_grad_(True)
         with disk.reading(self.path, "checkpoint of a run"):
-            self.step = int(checkpoint["step"])
-            self.meta = checkpoint["meta"]
+            self.step = int(saved["step"])
+            self.meta = saved["meta"]
             if self.meta is None:
                 self.meta = describe_official(model)
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
@@ -233,6 +217,7 @@ class System:
         self.vq = self.load_part("vq", None)
         self.prior = self.load_part("prior", prior)
         if self.prior:
+            # as for MixAR's
             self.prior.requires_grad_(True)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")

@@ -9,6 +9,7 @@ Reads train.py (the paper's losses, `fit`), the models, dataset, checkpoint, sam
 Feeds train.py, whose `main` calls it. With the paper open it can be skipped.
 Try: python train.py --stage vae
 """
+import os
 from functools import partial
 from pathlib import Path
 
@@ -47,11 +48,11 @@ def vq_loss(model, batch, rng, step):
 
 def is_done(args, stage):
     """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
-    saved, begun = checkpoint.read_stage(args, stage)
+    saved, changes = checkpoint.read_stage(args, stage)
     done = saved and checkpoint.finished(saved)
     if done:
         steps = args.recipe[stage.kind]["steps"]
-        train.say(f"{stage.kind}: {saved['step']} of {steps} steps are done{begun}")
+        train.say(f"{stage.kind}: {saved['step']} of {steps} steps are done{changes}")
     return done
 
 
@@ -123,8 +124,9 @@ def train_mixar(args, shared, run, tokens):
     else:
         with disk.reading(prior_file, "prior checkpoint"):
             was = saved["meta"]["tokens"]
-            # a given prior may have seen other pictures, but its bits must mean the same
-            was = dict(vq=was["vq"]) if args.prior else was
+            if args.prior:
+                # it may have seen other pictures, but its bits must mean the same
+                was = dict(vq=was["vq"])
         disk.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
@@ -149,9 +151,33 @@ def train_mixar(args, shared, run, tokens):
         n=tokens.n,
         get_batch=tokens.batch,
         preview=preview,
-        meta=sample.describe_run(args, shared, run, tokens, prior),
+        meta=describe_run(args, shared, run, tokens, prior),
     ))
     train.say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
+
+
+def describe_run(args, shared, run, tokens, prior):
+    """What a checkpoint says beside the model: all that `sample.System` needs.
+
+    Files of flags have their full path. Ours are named relative to the run, as both may be moved.
+    """
+    # links are followed first, since `..` leads out of the folder that a link points to
+    own = os.path.relpath(os.path.realpath(shared), os.path.realpath(run))
+    fingerprints = tokens.made_from | dict(prior=disk.fingerprint(prior))
+    files = {}
+    for kind, given in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
+        path = os.path.realpath(given) if given else f"{own}/{kind}"
+        files[kind] = (path, fingerprints[kind])
+    return dict(
+        data=args.data if args.data == "shapes" else os.path.realpath(args.data),
+        classes=tokens.classes,
+        tokens=tokens.made_from,
+        latent_mean=tokens.mean.tolist(),
+        latent_std=tokens.std.tolist(),
+        sampling=sample.SAMPLING[args.preset],
+        shared=own,
+        files=files,
+    )
 
 
 def check_flags_in_advance(args, shared, run, classes):

@@ -59,21 +59,21 @@ def entropy(p):
     return -(p * p.clamp(min=1e-5).log()).sum(-1)
 
 
-def quantiser_losses(z, codebook, all_mean=lambda q: q):
+def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
     """Commitment loss, mean entropy of a token, entropy of the mean token.   [MaskBit]
 
     z: (B, d_d, h, w), the encoder's output
     codebook: (2^d_d, d_d), every code as bits
-    all_mean: averages the use of the codes over the processes of a distributed run
+    mean_over_ranks: takes the mean of a tensor over the processes, see train.mean_over_ranks
     """
     z = z.float()
     commitment = 0.25 * (quantise(z) - z).square().mean()
-    # The division by 0.01 would magnify the rounding of bf16.
     with torch.autocast(z.device.type, enabled=False):
-        # the negative squared distance to each code, up to a constant, at temperature 0.01
+        # The negative squared distance to each code, up to a constant, at temperature 0.01. The
+        # division by 0.01 would magnify the rounding of bf16.
         logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
     p = logits.softmax(-1)
-    mean_p = all_mean(p.mean(0))                                     # (2^d_d,)
+    mean_p = mean_over_ranks(p.mean(0))                                     # (2^d_d,)
     return commitment, entropy(p).mean(), entropy(mean_p)
 
 
@@ -125,14 +125,14 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, the first `attn` of them with attention, then `scale` times the size."""
+    """Residual blocks, the first n_attn of them with attention, then `scale` times the size."""
 
-    def __init__(self, c_in, c, blocks, groups, maskbit, attn=0, scale=1):
+    def __init__(self, c_in, c, blocks, groups, maskbit, n_attn=0, scale=1):
         super().__init__()
         self.block = nn.ModuleList(
             ResBlock(c_in if i == 0 else c, c, groups, maskbit) for i in range(blocks))
         self.attn = nn.ModuleList(
-            AttnBlock(c, groups) if i < attn else nn.Identity() for i in range(blocks))
+            AttnBlock(c, groups) if i < n_attn else nn.Identity() for i in range(blocks))
         self.maskbit = maskbit
         self.scale = scale
         self.resize = nn.Identity()
@@ -145,7 +145,8 @@ class Level(nn.Module):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         if self.scale == 0.5:
-            # TensorFlow's padding SAME: an odd side gets zeros at both ends.   [MaskBit]
+            # TensorFlow's padding SAME: an odd side gets zeros at both ends. No preset has odd
+            # sides.   [MaskBit]
             top, left = (side % 2 if self.maskbit else 0 for side in x.shape[2:])
             x = pad(x, (left, 1, top, 1))
         elif self.scale == 2:
@@ -157,18 +158,18 @@ def levels(widths, blocks, groups, maskbit, scale, attn_at):
     """One Level for each width. All but the last change the size; number attn_at has attention."""
     made = nn.Sequential()
     for i, c in enumerate(widths):
-        attn = blocks if i == attn_at else 0
+        n_attn = blocks if i == attn_at else 0
         own_scale = scale if i < len(widths) - 1 else 1
-        made.append(Level(widths[max(i - 1, 0)], c, blocks, groups, maskbit, attn, own_scale))
+        made.append(Level(widths[max(i - 1, 0)], c, blocks, groups, maskbit, n_attn, own_scale))
     return made
 
 
-def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
+def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, up_attention=False):
     """A tokenizer's encoder, to c_out channels, and its decoder, from c_in channels.
 
     Level i of the encoder has `blocks` blocks of width * mult[i] channels. All levels but the last
-    halve the picture. `attn` gives the decoder's first level attention. KLVAE also has it in both
-    middles and in the encoder's last level; MaskBit has none.
+    halve the picture. `up_attention` gives the decoder's first level attention. KLVAE also has it
+    in both middles and in the encoder's last level; MaskBit has none.
     """
     widths = [width * k for k in mult]
     c = widths[-1]
@@ -177,7 +178,7 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
         up_blocks = blocks
         attn_down = None
     else:
-        mid = partial(Level, c, c, 2, groups, maskbit, attn=1)
+        mid = partial(Level, c, c, 2, groups, maskbit, n_attn=1)
         up_blocks = blocks + 1
         attn_down = len(mult) - 1
     encoder = nn.Sequential(OrderedDict(
@@ -190,7 +191,7 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, attn=False):
     decoder = nn.Sequential(OrderedDict(
         conv_in=conv3(c_in, c),
         mid=mid(),
-        up=levels(widths[::-1], up_blocks, groups, maskbit, 2, 0 if attn else None),
+        up=levels(widths[::-1], up_blocks, groups, maskbit, 2, 0 if up_attention else None),
         norm_out=norm(groups, widths[0]),
         silu=nn.SiLU(),
         conv_out=conv3(widths[0], 3)))
@@ -219,14 +220,15 @@ def read_official(state):
 class KLVAE(nn.Module):
     """x_c = VAE(I) of Eq. (7), of z = d_c channels.
 
-    attn: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
+    up_attention: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
     groups: of every GroupNorm, 32 in the official models [VA-VAE] [MAR]. The preset tiny has 1: in
         32 groups, each of its 32 channels would be alone, and the norm would erase its mean. [ours]
     """
 
-    def __init__(self, width, mult, blocks, z, attn=True, groups=32):
+    def __init__(self, width, mult, blocks, z, up_attention=True, groups=32):
         super().__init__()
-        self.encoder, self.decoder = coders(width, mult, blocks, groups, 2 * z, z, attn=attn)
+        self.encoder, self.decoder = coders(
+            width, mult, blocks, groups, 2 * z, z, up_attention=up_attention)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         # Training starts with little posterior noise.   [ours]
@@ -247,7 +249,7 @@ class KLVAE(nn.Module):
             if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
                 ours[key] = value
         config["z"] = len(ours["post_quant_conv.weight"])
-        config["attn"] = disk.count_modules(ours, "decoder.up.0.attn.") > 0
+        config["up_attention"] = disk.count_modules(ours, "decoder.up.0.attn.") > 0
         return disk.build(cls, config, ours)
 
     def encode(self, images):
@@ -302,8 +304,8 @@ def encode_pictures(pictures, vae, vq, device, mirror):
     x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
     moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
     indices = bits_to_codes(quantise(vq.encode(x)).movedim(1, -1)).int()
-    rows = dict(moments=moments, indices=indices)
-    return {name: row.unflatten(0, (-1, len(views))).cpu().numpy() for name, row in rows.items()}
+    found = dict(moments=moments, indices=indices)
+    return {name: a.unflatten(0, (-1, len(views))).cpu().numpy() for name, a in found.items()}
 
 
 def check_statistics(mean, std, d_c, device="cpu"):

@@ -1,7 +1,8 @@
-"""Training: one loop for the four models, in the order of the paper's Fig. 3 (left).
+"""Training: one loop for the four models. `mixar_loss` is the paper's Fig. 3 (left).
 
 Here are the losses of MixAR and the prior, the loop (`fit`), torch.distributed, AMP and the flags.
-stages.py says what each model is trained on. A stopped run goes on where it was.
+stages.py says what each model is trained on; checkpoint.py has Stage and State of a model in
+training. A stopped run goes on where it was.
 
 Reads disk, tokenizers, mixing, diffusion_head, backbone and checkpoint.py, writes runs/. Feeds
 stages, sample, output, features and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
@@ -60,8 +61,10 @@ def mixar_loss(model, batch, rng, step, prior, args):
     """The training step of the paper: the loss of a batch, a mean over its masked tokens.
 
     batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,)
-    rng: the random numbers of this step, see `Rng`
+    rng: the random numbers of this step: rng(f, *shape) gives f's numbers (B, *shape)
+    step: of this command, from 0; lambda depends on it
     prior: g_M of Eq. (11), needed with --ti-mix
+    args: the flags, with the recipes
     """
     mean, std, x_d, y = batch
     _, N, d_c = mean.shape
@@ -85,7 +88,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...): drawn image by image, then in the order of z[m]'s rows."""
+    """(B, R, N', ...) -> (R, B N', ...), so that the numbers of each draw follow z[m]'s rows."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -168,7 +171,7 @@ def step_batches(args, get_batch, n, B, step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
     Every epoch leaves out its last n mod B pictures; with n < B, pictures repeat. Dropout is seeded
-    here, apart from `Rng`.
+    here, apart from `Rng`. With --init, `step` counts from the start of the first run.
     """
     rank, ranks = world()
     torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + step) * ranks + rank)
@@ -188,7 +191,7 @@ def step_batches(args, get_batch, n, B, step, parts):
 def learning_rate(recipe, step, before=0):
     """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit].
 
-    before: steps of the run that --init goes on from; after it an annealed rate stays low
+    before: steps of the run of --init, else 0. Where it has annealed the rate, it stays at 10 %.
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -200,9 +203,10 @@ def learning_rate(recipe, step, before=0):
     return rate
 
 
-def update(args, ddp, state, batches, asked_to_stop=False):
+def update(args, loss_module, state, batches, asked_to_stop=False):
     """One step of state.optimizer on the parts [(batch, rng)] of a batch.
 
+    loss_module: a `Loss`, in DistributedDataParallel if there are several processes
     asked_to_stop: whether a signal asked this process to stop
     Returns the loss over all processes, the gradient's norm, and whether any process has to stop.
     No step is taken if loss or norm is not finite.
@@ -212,9 +216,9 @@ def update(args, ddp, state, batches, asked_to_stop=False):
     total = torch.zeros((), device=device)
     for k, (batch, rng) in enumerate(batches):
         # the processes exchange gradients once a step
-        ddp.require_backward_grad_sync = k == len(batches) - 1
+        loss_module.require_backward_grad_sync = k == len(batches) - 1
         with autocast(args.amp, device):
-            loss = ddp(batch, rng, state.step) / len(batches)
+            loss = loss_module(batch, rng, state.step) / len(batches)
         loss.backward()
         total += loss.detach()
     norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), CLIP))
@@ -232,17 +236,17 @@ def fit(args, stage):
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
     with disk.locked(stage.folder) if rank == 0 else nullcontext():
-        saved, begun = checkpoint.read_stage(args, stage)
+        saved, changes = checkpoint.read_stage(args, stage)
         state = checkpoint.State(args, stage)
         if saved:
             with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
-            say(f"{kind}: {state.step} of {steps} steps are done{begun}")
+            say(f"{kind}: {state.step} of {steps} steps are done{changes}")
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # begun with more steps than this command asks for: saved again, it counts as finished
+            # it was stopped at step 800 of 1000, say, and this command asks for 600: it is finished
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -257,9 +261,9 @@ def train_steps(args, stage, state):
     steps = recipe["steps"]
     # vq's entropy loss needs the whole batch, so it is never taken in parts
     parts = 1 if kind == "vq" else args.accumulate
-    ddp = Loss(state.model.train(), stage.loss)
+    loss_module = Loss(state.model.train(), stage.loss)
     if ranks > 1:
-        ddp = nn.parallel.DistributedDataParallel(ddp)
+        loss_module = nn.parallel.DistributedDataParallel(loss_module)
     log = checkpoint.Log(args, stage, state.step) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
     received = finish_step_on_signal()
@@ -271,25 +275,25 @@ def train_steps(args, stage, state):
         lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
-        value, norm, stopping = update(args, ddp, state, batches, len(received) > 0)
-        failed = 0 if math.isfinite(value + norm) else failed + 1
+        loss, norm, stopping = update(args, loss_module, state, batches, len(received) > 0)
+        last = state.step == steps - 1
+        failed = 0 if math.isfinite(loss + norm) else failed + 1
         if failed == 0:
             checkpoint.update_ema(state.ema, state.model, total_step)
         else:
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
-        if failed == 5 or (failed and state.step == steps - 1):
+        if failed == 5 or (failed and last):
             raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
                              f"{state.step}; lower --lr. What was saved before is kept")
         state.step += 1
-        last = state.step == steps
-        picture = stage.preview and args.sample_every and state.step % args.sample_every == 0
+        look = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
-            log.write(state.step, value, lr, norm)
-            due = last or stopping or picture or state.step % args.save_every == 0
+            log.write(state.step, loss, lr, norm)
+            due = last or stopping or look or state.step % args.save_every == 0
             # weights whose loss is not finite are not saved
             if due and failed == 0:
                 state.save()
-            if picture and failed == 0 and not (last or stopping):
+            if look and failed == 0 and not (last or stopping):
                 stage.preview(state.ema.eval())
         if stopping:
             end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
@@ -318,7 +322,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes; its gradient is that of this process's own q."""
+    """The mean of q over the processes. Its gradient is q's own, since DDP averages gradients."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -343,10 +347,7 @@ def end_at_once_on_signal(received=()):
 
 
 def finish_step_on_signal():
-    """In `train_steps`: from now on, one of SIGNALS only adds its number to the list returned here.
-
-    `train_steps` then finishes the step and saves before the program ends.
-    """
+    """In `train_steps`, which then saves and ends: SIGNALS only add to the list returned here."""
     received = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
@@ -470,11 +471,11 @@ def settle(args):
     args.recipe = copy.deepcopy(RECIPES[args.preset])
     if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
         raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
-    without_x_d = args.ti_mix and args.guidance == "none"
-    without_mixing = args.mix_at == "encoder" and args.guidance != "dcmix"
-    if without_x_d or without_mixing:
-        flag = "--ti-mix" if without_x_d else "--mix-at encoder"
-        raise SystemExit(f"{flag} means nothing with --guidance {args.guidance}: leave it out")
+    useless = "--ti-mix" if args.ti_mix and args.guidance == "none" else ""
+    if args.mix_at == "encoder" and args.guidance != "dcmix":
+        useless = "--mix-at encoder"
+    if useless:
+        raise SystemExit(f"{useless} means nothing with --guidance {args.guidance}: leave it out")
     steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
         recipe["steps"] = steps[kind] or recipe["steps"]

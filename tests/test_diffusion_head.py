@@ -405,15 +405,6 @@ def test_eq05_golden_head():
     assert golden.difference(found, mar["head_out"]) < 1e-5
 
 
-def test_eq05_the_time_of_many_rows_is_looked_up():
-    """With more rows than timesteps, each timestep is embedded once. Every row gets its own."""
-    embed = tiny_head().net.time_embed
-    t = torch.arange(1200) % 1000
-    many = embed(t)
-    assert golden.difference(many[:1000], embed(t[:1000])) < 1e-5
-    assert torch.equal(many[1000:], many[:200])
-
-
 @pytest.mark.parametrize("probe", ["all", "nogain"])
 def test_eq05_golden_head_norms(probe):
     """The weights are so small that a wrong epsilon in any norm of the head shows."""

@@ -36,8 +36,8 @@ FULL = {
         "mixar",
         MAR | dict(D=1280, depth=20, heads=16, head_depth=12, head_width=1536),
     ),
-    "kl16": ("vae", F16 | dict(z=16, attn=False)),
-    "vavae_f16d32": ("vae", F16 | dict(z=32, attn=True)),
+    "kl16": ("vae", F16 | dict(z=16, up_attention=False)),
+    "vavae_f16d32": ("vae", F16 | dict(z=32, up_attention=True)),
 }
 for _bits in (10, 12, 14, 16, 18):
     FULL[f"maskbit_tokenizer_{_bits}bit"] = ("vq", F16 | dict(bits=_bits))
