@@ -45,10 +45,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
     shapes = [a.shape for a in (mu1, mu2, sigma1, sigma2)]
     d = mu1.size
-    if shapes != [(d,), (d,), (d, d), (d, d)]:
-        raise ValueError(f"the shapes of mu and sigma do not fit together: {shapes}")
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("the statistics hold values that are not finite")
+    finite = all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2))
+    if shapes != [(d,), (d,), (d, d), (d, d)] or not finite:
+        raise ValueError(f"expected finite mu (d,) and sigma (d, d) twice, found {shapes}")
 
     # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2). None is negative:
     # one below 0 is a rounding error.

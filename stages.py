@@ -194,6 +194,8 @@ def check_flags_in_advance(args, shared, run, classes):
     if args.data != "shapes":
         apart += [(run, Path(args.data)), (shared, Path(args.data))]
     for ours, other in apart:
+        if ours.is_file():
+            raise SystemExit(f"{ours} is a file; choose another --runs or --out")
         a = ours.resolve()
         b = other.resolve()
         if a == b or a in b.parents or b in a.parents:
@@ -210,9 +212,6 @@ def check_flags_in_advance(args, shared, run, classes):
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
             disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
                              (args.guidance, args.mix_at))
-    for ours in (run, shared):
-        # it shows now, not after training, where nothing can be written
-        ours.mkdir(parents=True, exist_ok=True)
 
 
 def train_stages(args):

@@ -728,8 +728,8 @@ ERRORS = {
     "npz with a flipped byte":
         (["BAD/flipped.npz", "flat"], "flipped.npz: not a readable npz file"),
     "npz that is text": (["BAD/text.npz", "flat"], "text.npz: not a readable npz file"),
-    "other widths": (["samples.npz", "BAD/wide.npz"], r"\(144,\) and \(2048,\)"),
-    "not finite": (["samples.npz", "BAD/nan.npz"], "not finite"),
+    "other widths": (["samples.npz", "BAD/wide.npz"], r"\(144,\), \(2048,\)"),
+    "not finite": (["samples.npz", "BAD/nan.npz"], "expected finite mu"),
     "too few":
         (["samples.npz", "flat", "--count", "144"],
          "samples.npz: 144 pictures are too few.*--force"),

@@ -1094,7 +1094,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 def test_a_file_cannot_be_a_folder_of_runs(runs, tmp_path, flag):
     (tmp_path / "file").touch()
     flags = mixar(runs, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="cannot go on: .*(File exists|Not a directory)") as error:
+    with pytest.raises(SystemExit, match="Not a directory|file is a file; choose") as error:
         train.main([*flags, flag, str(tmp_path / "file")])
     assert "\n" not in str(error.value)
 
