@@ -267,7 +267,7 @@ class MAR(nn.Module):
         if (m.sum(1) != m[0].sum()).any():
             raise ValueError("the mask must hide the same number of tokens in every row")
         embedded = self.embed(x, y, drop)                            # (B, K + N, D)
-        discrete = None
+        discrete = None                                              # prefix or memory
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
         # with mix_at="encoder", all positions are visible
@@ -446,11 +446,11 @@ KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixa
 
 
 def load_model(path, kind):
-    """Returns (model, saved): the averaged weights ready for inference, and the checkpoint's dict.
+    """Returns (model, saved): the averaged weights ready for inference, and the checkpoint's dict,
+    in which an official file has step 0 and no meta.
 
-    path: a checkpoint of train.py, its folder, or an official file
+    path: a checkpoint of train.py, its folder, or an official file; SystemExit if it is neither
     kind: a key of KINDS
-    SystemExit with one line where it cannot be loaded.
     """
     saved = disk.load_checkpoint(path, kind)
     with disk.reading(path, f"{kind} checkpoint"):

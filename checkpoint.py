@@ -100,7 +100,7 @@ def make_optimizer(model, recipe):
     settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
     if not recipe["muon"]:
         return torch.optim.AdamW(groups, **settings)
-    # of MAR and the head, of the prior, of the tokenizers
+    # of MAR and the head, of the prior, of the tokenizers (but for their attention)
     blocks = ("blocks.", "layers.", "block.")
     matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
     return Muon(groups, matrices, **settings)
@@ -155,22 +155,22 @@ def read_stage(args, stage):
         return None, ""
     recipe = args.recipe[kind]
     saved = disk.load_checkpoint(stage.path, kind)
-    kept = stage.made_from | dict(config=stage.config)
+    may_not_change = stage.made_from | dict(config=stage.config)
     with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
-        old = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
-        old["seed"] = saved["settings"]["seed"]
+        was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
+        was["seed"] = saved["settings"]["seed"]
         finished_for_good = finished(saved) and kind != "mixar"
         if not finished_for_good:
-            # they decide which pictures a batch holds. check_same compares only what both have
-            kept = kept | dict(seed=args.seed, batch=recipe["batch"])
-        disk.check_same(stage.path, saved["settings"], kept)
+            # they decide which pictures a batch holds
+            may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
+        disk.check_same(stage.path, saved["settings"], may_not_change)
     if finished_for_good and step < recipe["steps"]:
         raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
                          "is not trained further: choose another --runs, or "
                          f"--{kind}-steps {step}")
-    new = dict(recipe, amp=args.amp, seed=args.seed)
-    changes = ", ".join(disk.differences(old, new))
+    now = dict(recipe, amp=args.amp, seed=args.seed)
+    changes = ", ".join(disk.differences(was, now))
     return saved, f" (begun with {changes})" if changes else ""
 
 

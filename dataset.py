@@ -111,16 +111,16 @@ def find_split(root, split):
     """The folder with the pictures of a split, and whether it is held out from training.
 
     `root` holds splits if it has one for training and one held out, or only folders of such names.
+    In a folder with bus, car and train, "train" is a class.
     """
     folders = {path.name.lower(): path for path in folders_in(root)}
     train = [folders.pop(name) for name in ("train", "training") if name in folders]
     held_out = [folders.pop(name) for name in ("val", "valid", "validation", "test", "testing")
                 if name in folders]
-    both = train and held_out
-    nothing_else = (train or held_out) and not folders
-    if not (both or nothing_else):
+    only_splits = (train or held_out) and not folders
+    if not (train and held_out) and not only_splits:
         return root, False
-    if split == "test" and both:
+    if split == "test" and train and held_out:
         return held_out[0], True
     return (train + held_out)[0], False
 

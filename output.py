@@ -94,8 +94,10 @@ def save_figures(system, folder, seed):
     save_named_grid(mixed, Path(folder) / "samples.png", classes, [""] * rows)
     discrete = system.decode_discrete(x_d).unflatten(0, (rows, len(classes)))
     pairs = torch.stack([discrete, mixed.unflatten(0, discrete.shape[:2])], dim=1)[:2]
+    # plain MAR does not see X_d
+    name = "plain MAR" if system.model.guidance == "none" else "MixAR"
     save_named_grid(pairs.flatten(0, 2), Path(folder) / "compare.png", classes,
-                    ["X_d decoded", "MixAR"] * 2)
+                    ["X_d decoded", name] * 2)
 
 
 def save_gif(path, system, y, seed, columns, x_d=None):
