@@ -522,27 +522,34 @@ def test_a_matrix_is_made_about_orthogonal():
 
 
 def test_muon_is_that_of_torch_for_matrices_of_blocks_and_adamw_for_the_rest():
-    """torch.optim.Muon computes in bf16, so its updates agree to a few per cent."""
+    """Two matrices of one shape, which are taken together, and a tall one.
+
+    torch.optim.Muon computes in bf16, so its updates agree to a few per cent.
+    """
     recipe = dict(lr=0.1, betas=(0.9, 0.95), decay=0.02, muon=True)
     torch.manual_seed(0)
-    ours = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Linear(24, 8)]), other=nn.Linear(8, 8)))
+    blocks = nn.ModuleList([nn.Linear(24, 8), nn.Linear(24, 8), nn.Linear(8, 24)])
+    ours = nn.ModuleDict(dict(blocks=blocks, other=nn.Linear(8, 8)))
     theirs = copy.deepcopy(ours)
     start = copy.deepcopy(ours)
     optimizer = checkpoint.make_optimizer(ours, recipe)
     settings = dict(lr=0.1, weight_decay=0.02)
-    muon = torch.optim.Muon([theirs.blocks[0].weight], adjust_lr_fn="match_rms_adamw", **settings)
+    matrices = [block.weight for block in theirs.blocks]
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)
     adamw = torch.optim.AdamW([theirs.other.weight], betas=(0.9, 0.95), **settings)
     for step in range(3):
-        gradients = torch.randn(8, 24), torch.randn(8, 8)
+        gradients = [torch.randn_like(matrix) for matrix in matrices]
+        other = torch.randn(8, 8)
         for model in (ours, theirs):
-            model.blocks[0].weight.grad = gradients[0].clone()
-            model.other.weight.grad = gradients[1].clone()
+            for block, gradient in zip(model.blocks, gradients):
+                block.weight.grad = gradient.clone()
+            model.other.weight.grad = other.clone()
         optimizer.step()
         muon.step()
         adamw.step()
-    way = theirs.blocks[0].weight - start.blocks[0].weight
-    difference = ours.blocks[0].weight - theirs.blocks[0].weight
-    assert difference.norm() < 0.03 * way.norm()
+    for first, own, torchs in zip(start.blocks, ours.blocks, theirs.blocks):
+        way = torchs.weight - first.weight
+        assert (own.weight - torchs.weight).norm() < 0.03 * way.norm()
     torch.testing.assert_close(ours.other.weight, theirs.other.weight)
 
 
