@@ -48,7 +48,7 @@ TINY_RECIPE = dict(
             decay=0.0),
     prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
                decay=0.045),
-    mixar=dict(steps=1200, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
+    mixar=dict(steps=1000, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
 # 400 epochs of ImageNet, 625 steps each. The other models come as files.      [MAR]
 LARGE_RECIPE = dict(

@@ -67,10 +67,9 @@ LONGER = 600
 AR_STEPS = (1, 2, 4, 8, 16, 32, 64)
 DIFFUSION_STEPS = ("5", "10", "15", "25", "50", "100")
 FALLING = ("15:5", "25:10", "50:10")
-# lengths of stage mixar and the ends of their runs' names, for FD against training time
-LENGTHS = {200: "-200", 600: "-600", 1200: ""}
+# lengths of stage mixar and the ends of their runs' names, for FD against training time. 1,760 are
 # plain MAR's steps in the time of dcmix's 1,200 and those of its bit tokenizer and prior
-AS_LONG = 1760
+LENGTHS = {200: "-200", 600: "-600", 1000: "", 1200: "-1200", 1760: "-1760"}
 
 
 # the plan
@@ -149,6 +148,15 @@ def plan(data, seed):
         one = ("--decode", "discrete", "--prior-steps", n)
         rows.append(score(f"discrete {n}", "dcmix", FEW, *one))
 
+    # other readings of TI-Mix
+    if data == "fashion-mnist":
+        for _, run in READINGS[:3]:
+            rows.append(score(f"reading {run}", run, FEW))
+        for _, run in READINGS[3:]:
+            key, [[_, *flags]] = train(run, "dcmix", "--ti-mix", *longer)
+            rows.append((key, [["tests/ti_train.py", run, *flags]]))
+            rows.append(score(f"reading {run}", run, FEW))
+
     # which part of MixAR sees X_d
     for run in ("dcmix", "encoder"):
         rows.append(score(f"{run} sight", run, FEW))
@@ -158,13 +166,11 @@ def plan(data, seed):
         rows.append(score("curve discrete", "dcmix", FEW, "--decode", "discrete",
                           chosen="discrete"))
         rows += [score(f"curve {guidance}", guidance, FEW) for guidance in ("none", "dcmix")]
-        runs = [("none", AS_LONG)]
-        runs += [(guidance, n) for n in LENGTHS if LENGTHS[n] for guidance in ("none", "dcmix")]
-        for guidance, n in runs:
-            name = f"{guidance}-{n}"
-            chosen = "none" if guidance == "none" else "guided"
-            rows.append(train(name, guidance, "--steps", str(n)))
-            rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
+        for guidance, chosen in (("none", "none"), ("dcmix", "guided")):
+            for n in (200, 600, 1200, 1760):
+                name = f"{guidance}-{n}"
+                rows.append(train(name, guidance, "--steps", str(n)))
+                rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
 
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:
@@ -367,6 +373,14 @@ FIGURE_8 = (
     ("trained on without TI-Mix", "longer"),
     ("trained on with TI-Mix", "ti"),
 )
+READINGS = (
+    ("dcmix, the checkpoint", "dcmix"),
+    ("trained on without TI-Mix", "longer"),
+    ("TI-Mix as printed, lambda from 1 to 0", "ti"),
+    ("g_M also sees what Eq. (12) keeps", "fit"),
+    ("lambda is 0.8 at every step", "share"),
+    ("lambda from 1 to 0.8", "floor0.8"),
+)
 X_D = (
     ("the prior in one step, as TI-Mix's x_hat where all is masked", "discrete 1"),
     ("the prior in 16 steps, as X_d at inference", "discrete 16"),
@@ -450,6 +464,17 @@ def figure_8(entries):
     return markdown(head, rows)
 
 
+def readings(entries):
+    """FD of each reading of TI-Mix, seed by seed, and less that of training on without it."""
+    longer = np.array(found(entries, "fashion-mnist", "reading longer"))
+    rows = []
+    for label, run in READINGS:
+        FD = np.array(found(entries, "fashion-mnist", f"reading {run}"))
+        difference = ", ".join(f"{d:+.2f}" for d in FD - longer) if run != "longer" else ""
+        rows.append([label, ", ".join(f"{d:.2f}" for d in FD), difference])
+    return markdown(["fashion-mnist, seeds 0 and 1", "FD", "less training on"], rows)
+
+
 def x_d_alone(entries):
     rows = []
     for label, key in X_D:
@@ -460,7 +485,7 @@ def x_d_alone(entries):
 def figure_1(entries):
     """FD and seconds of training against the length of stage mixar, on shapes."""
     rows = [["X_d alone", "", "", cell(found(entries, "shapes", "curve discrete")), ""]]
-    for n, end in [*LENGTHS.items(), (AS_LONG, f"-{AS_LONG}")]:
+    for n, end in LENGTHS.items():
         row = [str(n)]
         for guidance in ("none", "dcmix"):
             row.append(cell(found(entries, "shapes", f"curve {guidance}{end}")))
@@ -497,6 +522,7 @@ def tables(entries):
         "Mix at": mix_at(entries),
         "Table 2": table_2(entries),
         "Figure 8": figure_8(entries),
+        "readings of TI-Mix": readings(entries),
         "X_d alone": x_d_alone(entries),
         "Figure 1": figure_1(entries),
         "AR steps": ar_steps(entries),
