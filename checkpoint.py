@@ -151,7 +151,7 @@ def read_stage(args, stage):
     tokens and runs were made with it.
     """
     kind = stage.kind
-    if not stage.path.is_file():
+    if not stage.path.exists():
         return None, ""
     recipe = args.recipe[kind]
     saved = disk.load_checkpoint(stage.path, kind)
@@ -160,6 +160,8 @@ def read_stage(args, stage):
         step = int(saved["step"])
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         was["seed"] = saved["settings"]["seed"]
+        if kind == "mixar":
+            was["init"] = saved["args"]["init"]
         finished_for_good = finished(saved) and kind != "mixar"
         if not finished_for_good:
             # they decide which pictures a batch holds
@@ -169,7 +171,7 @@ def read_stage(args, stage):
         raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
                          "is not trained further: choose another --runs, or "
                          f"--{kind}-steps {step}")
-    now = dict(recipe, amp=args.amp, seed=args.seed)
+    now = dict(recipe, amp=args.amp, seed=args.seed, init=args.init)
     changes = ", ".join(disk.differences(was, now))
     return saved, f" (begun with {changes})" if changes else ""
 

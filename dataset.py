@@ -145,9 +145,9 @@ class Folder:
         for label, folder in enumerate(folders or [root]):
             below = files_below(folder)
             found = [path for path in below if path.suffix.lower() in endings]
-            if not found:
-                raise SystemExit(f"{folder}: none of its {len(below)} files is a picture that "
-                                 "Pillow can open; a class folder needs one")
+            if not found or "last.pt" in [path.name for path in below]:
+                raise SystemExit(f"{folder}: {len(found)} of its {len(below)} files are pictures; "
+                                 "a class folder needs some, and no last.pt of a run")
             files += found
             labels += [label] * len(found)
             others += len(below) - len(found)
@@ -444,8 +444,8 @@ def fill_cache(arrays, source, vae, vq, device, batch):
                 for name, value in encoded.items():
                     arrays[name][good] = value
             # The status comes last, when the rows themselves are there.
+            status[rows] = 2                                                 # but for the good ones
             status[good] = 1
-            status[np.setdiff1d(rows, good)] = 2
     report_skipped(source, reasons)
 
 

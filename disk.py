@@ -18,6 +18,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -28,11 +29,9 @@ def reading(path, what):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"missing {reason}"
-        if len(reason) > 300:
-            reason = reason[:300] + " ..."
         raise SystemExit(f"{path}: not a {what}: {reason}") from None
 
 
@@ -134,7 +133,7 @@ def load_checkpoint(path, kind):
             mmap = zipfile.is_zipfile(path)
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except pickle.UnpicklingError as error:
+            except (pickle.UnpicklingError, LookupError, EOFError) as error:
                 code = re.search(r"GLOBAL (\S+)", str(error))
                 reason = "it is no file of weights"
                 if code:
@@ -154,9 +153,9 @@ def build(cls, config, state):
     ValueError naming a weight that is not finite or of another kind than the model's.
     """
     # a damaged config must not build millions of layers
-    for name in ("depth", "head_depth", "blocks"):
-        if config.get(name, 0) > len(state):
-            raise ValueError(f"{name} {config[name]} with {len(state)} weights")
+    depths = [config.get(name, 0) for name in ("depth", "head_depth", "blocks")]
+    if max(depths) > len(state) or config.get("D", 0) % config.get("heads", 1):
+        raise ValueError(f"{len(state)} weights do not fit its config {config}")
     # On the meta device no time is lost on initial weights.
     with torch.device("meta"):
         model = cls(**config)

@@ -220,11 +220,10 @@ class Classifier(nn.Module):
 
     def __init__(self, classes, size):
         super().__init__()
-        fine = [self.block(3, 32, 1), self.block(32, 48, 2), self.block(48, 48, 1)]
-        self.fine = nn.Sequential(*fine)
-        coarse = [self.block(48, 96, 2), self.block(96, 96, 1)]
-        coarse += [self.block(96, 96, 2), self.block(96, 96, 1)]
-        self.coarse = nn.Sequential(*coarse)
+        self.fine = nn.Sequential(self.block(3, 32, 1), self.block(32, 48, 2),
+                                  self.block(48, 48, 1))
+        self.coarse = nn.Sequential(self.block(48, 96, 2), self.block(96, 96, 1),
+                                    self.block(96, 96, 2), self.block(96, 96, 1))
         self.head = nn.Linear(self.width, classes)
         self.size = size
 
@@ -277,8 +276,8 @@ def train_classifier(path, data, size, device, steps=700, B=128):
     right = torch.cat(logits).argmax(1) == y[held_out]
     meta = dict(data=data, pictures=len(kept), skipped=len(source.labels) - len(y), steps=steps,
                 held_out_accuracy=right.double().mean().item())
-    config = dict(classes=len(source.classes), size=size)
-    saved = dict(kind="classifier", config=config, model=model.state_dict(), meta=meta)
+    saved = dict(kind="classifier", config=dict(classes=len(source.classes), size=size),
+                 model=model.state_dict(), meta=meta)
     disk.write_whole(path, lambda file: torch.save(saved, file))
 
 
@@ -326,6 +325,6 @@ def load_extractor(path, resize, size, device):
     with disk.reading(path, "feature network"):
         model.load_state_dict(weights)
     model.metric = "FID" if released else f"Frechet distance ({model.name}, not FID)"
-    model.about = dict(name=model.name, file=str(path), sha256=sha256)
-    model.about |= dict(width=model.width, size=model.size) | about
+    model.about = dict(name=model.name, file=str(path), sha256=sha256, width=model.width,
+                       size=model.size) | about
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)

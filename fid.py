@@ -165,8 +165,8 @@ class PictureSet:
         """
         note = dict(source=self.what, kind=self.kind)
         if self.run:
-            note |= dict(step=self.run.step, settings=self.run.settings)
-            note |= dict(seed=args.seed, batch_size=args.batch_size)
+            note |= dict(step=self.run.step, settings=self.run.settings, seed=args.seed,
+                         batch_size=args.batch_size)
 
             # Picture i is the one that sample.py makes under this seed.
             def read(numbers):
@@ -178,8 +178,8 @@ class PictureSet:
             pictures = read_npz(self.what, "arr_0").get("arr_0")
             is_rgb = pictures is not None and pictures.shape[3:] == (3,) and pictures.size > 0
             if not is_rgb or pictures.dtype != np.uint8:
-                expected = "expected an npz file with arr_0, uint8 (n, H, W, 3), or mu and sigma"
-                raise SystemExit(f"{self.what}: {expected}")
+                raise SystemExit(f"{self.what}: expected an npz file with arr_0, uint8 (n, H, W, "
+                                 "3), or mu and sigma")
             pictures = pictures[:count].transpose(0, 3, 1, 2)
             return len(pictures), lambda numbers: pictures[numbers], note
         source = dataset.open_source(self.what, "test", size, count)
@@ -377,10 +377,9 @@ def check_writable(file, suffix, inputs):
 def evaluate(args):
     """The whole program: see the head of this file."""
     start = time.time()
-    if args.json:
-        check_writable(args.json, ".json", [args.pictures, args.reference])
-    if args.save_stats:
-        check_writable(args.save_stats, ".npz", [args.pictures, args.reference])
+    for file, suffix in ((args.json, ".json"), (args.save_stats, ".npz")):
+        if file:
+            check_writable(file, suffix, [args.pictures, args.reference])
     a = PictureSet(args.pictures, args.device)
     name = args.reference or (a.run and a.data)
     b = PictureSet(name, args.device) if name else None

@@ -51,8 +51,7 @@ def image_rng(seed, indices, stream, device="cpu"):
     generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def rng(f):
-        drawn = [f(generator) for generator in generators]
-        return torch.tensor(np.stack(drawn)).to(device)
+        return torch.tensor(np.stack([f(generator) for generator in generators])).to(device)
 
     return rng
 
@@ -73,8 +72,7 @@ def least_certain(score, known, done):
     Returns (B, N, S) bool.
     """
     score = score.masked_fill(known, math.inf)
-    ratio = math.acos(done) / (math.pi / 2)
-    ratio = min(max(ratio, 1e-6), 1)
+    ratio = min(max(math.acos(done) / (math.pi / 2), 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
     # after the last step k may be 0
     k = min(k, int((~known[0]).sum()) - 1)
@@ -209,7 +207,8 @@ class System:
                 self.meta = describe_official(model)
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
-            self.files = dict(self.meta["files"])
+            self.files = {kind: (file, fingerprint)
+                          for kind, (file, fingerprint) in self.meta["files"].items()}
             self.mean, self.std = tokenizers.check_statistics(
                 self.meta["latent_mean"], self.meta["latent_std"], model.d_c, self.device)
         self.prior_seconds = 0.0
@@ -327,7 +326,7 @@ def wanted_classes(text, classes):
     if text == "all":
         return list(range(len(classes)))
     numbers = {str(k): k for k in range(len(classes))}
-    numbers |= {name: k for k, name in enumerate(classes)}
+    numbers |= {name.strip(): k for k, name in enumerate(classes)}
     wanted = [name.strip() for name in text.split(",")]
     for name in wanted:
         if name not in numbers:
@@ -451,7 +450,8 @@ def main(argv=None):
     with train.end_in_one_line(), train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")
-        if out.suffix not in ("", ".png", ".npz", ".gif") or (out.suffix and out.is_dir()):
+        known = out.suffix in ("", ".png", ".npz", ".gif") and not out.name.startswith(".")
+        if not known or (out.suffix and out.is_dir()):
             raise SystemExit(f"--out {out}: a file's name ends with .png, .npz or .gif, and that "
                              "of a folder has no ending")
         chosen = wanted_classes(args.classes, system.meta["classes"])

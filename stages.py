@@ -11,6 +11,7 @@ Try: python train.py --stage vae
 """
 import os
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +95,16 @@ def train_tokenizer(args, shared, kind, source):
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
+    made_from = dict(tokens=tokens.made_from)
     stage = checkpoint.Stage(
         kind="prior",
         folder=shared / "prior",
         config=config | backbone.PRESETS[args.preset]["prior"],
-        made_from=dict(tokens=tokens.made_from),
+        made_from=made_from,
         loss=train.prior_loss,
         n=tokens.n,
         get_batch=tokens.batch,
-        meta=dict(tokens=tokens.made_from),
+        meta=made_from,
     )
     if not is_done(args, stage):
         train.fit(args, stage)
@@ -124,10 +126,12 @@ def train_mixar(args, shared, run, tokens):
     else:
         with disk.reading(prior_file, "prior checkpoint"):
             was = saved["meta"]["tokens"]
-            if args.prior:
-                # it may have seen other pictures, but its bits must mean the same
-                was = dict(vq=was["vq"])
-        disk.check_same(prior_file, was, tokens.made_from)
+            vq = was["vq"]
+        if args.prior:
+            # it may have seen other pictures, but its bits must mean the same
+            disk.check_equal(prior_file, "as its bit tokenizer", vq, tokens.made_from["vq"])
+        else:
+            disk.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
 
@@ -190,15 +194,15 @@ def check_flags_in_advance(args, shared, run, classes):
         if recipe["batch"] % pieces:
             raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
                              f"{pieces}, the processes times --accumulate")
-    apart = [(run, shared)]
+    folders = [run, shared]
     if args.data != "shapes":
-        apart += [(run, Path(args.data)), (shared, Path(args.data))]
-    for ours, other in apart:
+        folders.append(Path(args.data))
+    for ours, other in combinations(folders, 2):
         if ours.is_file():
             raise SystemExit(f"{ours} is a file; choose another --runs or --out")
         a = ours.resolve()
         b = other.resolve()
-        if a == b or a in b.parents or b in a.parents:
+        if a.is_relative_to(b) or b.is_relative_to(a):
             raise SystemExit(f"of {ours}, where this run would be, and {other}, one lies in the "
                              "other; choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
@@ -228,9 +232,6 @@ def train_stages(args):
     without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(without):
         train.say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
-    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
-        if file:
-            train.say(f"{kind}: {file}, not to be trained")
     if not args.vae:
         train_tokenizer(args, shared, "vae", source)
     if args.stage == "vae":

@@ -284,7 +284,7 @@ def train_steps(args, stage, state):
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and last):
             raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
-                             f"{state.step}; lower --lr. What was saved before is kept")
+                             f"{state.step}; lower --lr, or begin anew without {stage.path}")
         state.step += 1
         look = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:

@@ -147,12 +147,17 @@ def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
 
 def test_empty_class_folder_wrong_path_and_empty_folder_are_one_line(folder, tmp_path):
     (folder / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: none of its 0 files is a picture"):
+    with pytest.raises(SystemExit, match="empty: 0 of its 0 files are pictures"):
+        open_folder(folder)
+    # the figures of a run are no data set
+    Image.new("RGB", (9, 9)).save(folder / "empty" / "samples.png")
+    (folder / "empty" / "last.pt").touch()
+    with pytest.raises(SystemExit, match="1 of its 2 files are pictures; .* no last.pt of a run"):
         open_folder(folder)
     with pytest.raises(SystemExit, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere")
     (tmp_path / "void").mkdir()
-    with pytest.raises(SystemExit, match="void: none of its 0 files is a picture"):
+    with pytest.raises(SystemExit, match="void: 0 of its 0 files are pictures"):
         open_folder(tmp_path / "void")
 
 

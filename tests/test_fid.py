@@ -733,7 +733,7 @@ ERRORS = {
     "too few":
         (["samples.npz", "flat", "--count", "144"],
          "samples.npz: 144 pictures are too few.*--force"),
-    "no pictures": (["BAD/empty", "flat"], "empty: none of its 0 files is a picture"),
+    "no pictures": (["BAD/empty", "flat"], "empty: 0 of its 0 files are pictures"),
     "checkpoint of another kind":
         (["runs/colours/vae/last.pt", "flat"], "not a mixar checkpoint: it is a vae checkpoint"),
     "features of another kind":

@@ -327,6 +327,7 @@ def test_a_second_program_on_the_same_output_is_told_so(runs, tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("s.jpg", "name ends with .png, .npz or .gif"),
+    (".png", "name ends with .png, .npz or .gif"),
     ("folder.png", "of a folder has no ending"),
 ])
 def test_an_output_that_would_not_be_what_its_name_says_is_refused(runs, tmp_path, name, words):
@@ -334,6 +335,7 @@ def test_an_output_that_would_not_be_what_its_name_says_is_refused(runs, tmp_pat
     with pytest.raises(SystemExit, match=words):
         sample.main(sampling(runs / "shapes-dcmix", tmp_path / name, "--count", 2))
     assert not (tmp_path / "s.jpg").exists()
+    assert not (tmp_path / ".png").exists()
 
 
 def test_a_picture_of_nan_is_an_error_never_a_black_one():
@@ -368,6 +370,14 @@ def spoil_depth(saved):
     saved["config"]["depth"] = 10 ** 7
 
 
+def spoil_heads(saved):
+    saved["config"]["heads"] = 7
+
+
+def spoil_files(saved):
+    saved["meta"]["files"] = dict(vae=7)
+
+
 def spoil_deviation(saved):
     saved["meta"]["latent_std"][3] = 0.0
 
@@ -390,7 +400,9 @@ def spoil_step(saved):
     (spoil_integer, "z_proj.weight holds torch.strided torch.int32"),
     (spoil_complex, "z_proj.weight holds torch.strided torch.complex64"),
     (spoil_sparse, "z_proj.weight holds torch.sparse_coo torch.float32"),
-    (spoil_depth, "depth 10000000 with [0-9]+ weights"),
+    (spoil_depth, "[0-9]+ weights do not fit its config"),
+    (spoil_heads, "[0-9]+ weights do not fit its config"),
+    (spoil_files, "cannot unpack"),
     (spoil_deviation, "finite numbers, the deviation above 0"),
     (spoil_mean, "finite numbers, the deviation above 0"),
     (shorten_mean, "8 finite numbers, the deviation above 0"),
@@ -402,6 +414,13 @@ def test_values_are_checked_once_where_they_enter(runs, tmp_path, spoil, words):
     spoil(saved)
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(SystemExit, match=f"last.pt: not a .*{words}"):
+        sample.System(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["expected", "step,loss", "a picture"])
+def test_a_text_is_no_file_of_weights(tmp_path, text):
+    (tmp_path / "last.pt").write_text(text)
+    with pytest.raises(SystemExit, match="not a mixar checkpoint: it is no file of weights"):
         sample.System(tmp_path)
 
 

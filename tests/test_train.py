@@ -330,6 +330,15 @@ def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def test_another_init_is_said(runs, tmp_path, capsys, no_pictures):
+    """A resumed run has begun from the first one that was named."""
+    before = runs / "shapes-dcmix"
+    train.main(mixar(runs, tmp_path / "run", "--init", before, "--steps", 1))
+    train.main(mixar(runs, tmp_path / "run", "--init", before / "last.pt", "--steps", 1))
+    said = capsys.readouterr().out
+    assert f"mixar: 1 of 1 steps are done (begun with init {before}, not {before}/last.pt)" in said
+
+
 def test_resuming_with_another_seed_is_refused(runs, tmp_path):
     run = copy_run(runs, tmp_path / "run")
     with pytest.raises(SystemExit, match="last.pt was made with seed 0, not 1"):
@@ -837,7 +846,7 @@ def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
     saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
     saved["meta"]["tokens"]["vq"] = "0" * 16
     torch.save(saved, tmp_path / "prior.pt")
-    with pytest.raises(SystemExit, match="prior.pt was made with vq 0000000000000000, not "):
+    with pytest.raises(SystemExit, match="prior.pt has 0000000000000000 as its bit tokenizer"):
         train.main(mixar(runs, tmp_path / "run", "--prior", tmp_path / "prior.pt"))
 
 
