@@ -29,10 +29,11 @@ LOG_EVERY = 10               # steps between rows of log.csv
 def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
-    A step multiplies x by a polynomial p of x x^T. That is smaller than x, so the product q of all
-    p is taken first.
+    A step multiplies x by p, a polynomial of x x^T. Where x is wide, x x^T is small. So the product
+    q of the five p is taken first, and then q x.
 
     g: (k, rows, columns)
+    Returns the same shape.
     """
     wide = g if g.shape[1] <= g.shape[2] else g.mT
     x = nn.functional.normalize(wide, dim=(1, 2))
