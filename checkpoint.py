@@ -173,6 +173,7 @@ def read_stage(args, stage):
                          "is not trained further: choose another --runs, or "
                          f"--{kind}-steps {step}")
     now = dict(recipe, amp=args.amp, seed=args.seed, init=args.init)
+    # only what `was` has is compared
     changes = ", ".join(disk.differences(was, now))
     return saved, f" (begun with {changes})" if changes else ""
 

@@ -56,7 +56,7 @@ def read_rgb(path):
         return image.convert("RGB")
 
 
-# A data set is a class like the three below, and an `if` in open_source. It is made from a folder
+# A data set is a class like the three below, and a branch in open_source. It is made from a folder
 # (not Shapes), the split "train" or "test", the size of the pictures and how many, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
 #     names              a text for every picture that tells it from all others, also from those
@@ -444,8 +444,8 @@ def fill_cache(arrays, source, vae, vq, device, batch):
                 for name, value in encoded.items():
                     arrays[name][good] = value
             # The status comes last, when the rows themselves are there.
-            status[rows] = 2                                                 # but for the good ones
-            status[good] = 1
+            status[rows] = 2
+            status[good] = 1                                                 # 2 is left for the bad
     report_skipped(source, reasons)
 
 

@@ -312,7 +312,7 @@ class DiffusionHead(nn.Module):
         # i is the index of the process, from steps - 1 down to 0
         for k, i in enumerate(reversed(range(steps)), start=1):
             # The first step, at t = 999, multiplies an error of eps by hundreds in the next x, so
-            # it is not made in bf16. The other steps do not.   [ours]
+            # it is made in fp32. The other steps multiply it by far less.   [ours]
             fp32 = torch.autocast(z.device.type, enabled=False)
             with fp32 if k == 1 else nullcontext():
                 eps, v = self.guided(x, c.t[i], z, z_uncond, scale)

@@ -74,7 +74,7 @@ def least_certain(score, known, done):
     score = score.masked_fill(known, math.inf)
     ratio = min(max(math.acos(done) / (math.pi / 2), 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
-    # after the last step k may be 0
+    # after the last step k may be 0, and the answer is not used
     k = min(k, int((~known[0]).sum()) - 1)
     ascending, _ = score.flatten(1).sort(dim=1)
     threshold = ascending[:, k - 1]                                          # (B,)

@@ -150,6 +150,7 @@ def train_mixar(args, shared, run, tokens):
         kind="mixar",
         folder=run,
         config=config | backbone.PRESETS[args.preset]["mar"],
+        # whether there is an --init may not change; which one is only said, by read_stage
         made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
         loss=partial(train.mixar_loss, prior=prior.to(args.device), args=args),
         n=tokens.n,

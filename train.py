@@ -246,7 +246,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # it was stopped at step 800 of 1000, say, and this command asks for 600: it is finished
+            # stopped at step 800 of 1000, say; saved again by a command for 600, it is finished
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
