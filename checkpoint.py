@@ -61,8 +61,8 @@ class Muon(torch.optim.AdamW):
         super().__init__(groups, **settings)
         self.matrices = matrices
 
-    def direction(self, p):
-        """Update the momentum of p, and return the matrix that is to be made orthogonal."""
+    def nesterov(self, p):
+        """Update the momentum of p, and return a matrix between the gradient and it."""
         if p not in self.state:
             # AdamW.step looks for these two names in a parameter's state
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
@@ -77,7 +77,7 @@ class Muon(torch.optim.AdamW):
                 if p in self.matrices:
                     same_shape[p.shape].append(p)
             for parameters in same_shape.values():
-                directions = orthogonal(torch.stack([self.direction(p) for p in parameters]))
+                directions = orthogonal(torch.stack([self.nesterov(p) for p in parameters]))
                 size = 0.2 * max(directions[0].shape) ** 0.5
                 for p, direction in zip(parameters, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

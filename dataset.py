@@ -92,7 +92,6 @@ def files_below(folder):
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not hidden(name))
         if os.path.realpath(place) in seen:
-            # a link that leads in a circle, or where another one has led
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
@@ -117,10 +116,11 @@ def find_split(root, split):
     train = [folders.pop(name) for name in ("train", "training") if name in folders]
     held_out = [folders.pop(name) for name in ("val", "valid", "validation", "test", "testing")
                 if name in folders]
+    both = train and held_out
     only_splits = (train or held_out) and not folders
-    if not (train and held_out) and not only_splits:
+    if not (both or only_splits):
         return root, False
-    if split == "test" and train and held_out:
+    if split == "test" and both:
         return held_out[0], True
     return (train + held_out)[0], False
 
@@ -433,7 +433,7 @@ def fill_cache(arrays, source, vae, vq, device, batch):
     status = arrays["status"]
     reasons = {}
     with ThreadPoolExecutor() as threads:
-        for start in tqdm(range(0, len(status), batch), "tokens", unit="batch"):
+        for start in tqdm(range(0, len(status), batch), "tokens"):
             rows = start + np.flatnonzero(status[start:start + batch] != 1)
             pictures = dict(zip(rows, threads.map(source.read, rows)))
             reasons |= {i: picture for i, picture in pictures.items() if isinstance(picture, str)}

@@ -155,7 +155,7 @@ def build(cls, config, state):
     # a damaged config must not build millions of layers
     depths = [config.get(name, 0) for name in ("depth", "head_depth", "blocks")]
     if max(depths) > len(state) or config.get("D", 0) % config.get("heads", 1):
-        raise ValueError(f"{len(state)} weights do not fit its config {config}")
+        raise ValueError(f"no model with {len(state)} weights has the config {config}")
     # On the meta device no time is lost on initial weights.
     with torch.device("meta"):
         model = cls(**config)

@@ -39,15 +39,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1, mu2: the means, (d,).
     sigma1, sigma2: the covariances S1 and S2, (d, d); they may be singular.
 
-    Raises ValueError if the shapes do not fit together or a value is not finite.
+    Raises ValueError if the shapes do not fit together.
     """
     mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
     shapes = [a.shape for a in (mu1, mu2, sigma1, sigma2)]
     d = mu1.size
-    finite = all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2))
-    if shapes != [(d,), (d,), (d, d), (d, d)] or not finite:
-        raise ValueError(f"expected finite mu (d,) and sigma (d, d) twice, found {shapes}")
+    if shapes != [(d,), (d,), (d, d), (d, d)]:
+        raise ValueError(f"the shapes of mu and sigma do not fit together: {shapes}")
 
     # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2). None is negative:
     # one below 0 is a rounding error.
@@ -220,8 +219,9 @@ def load_statistics(path, extractor):
     with disk.reading(path, "file of statistics"):
         mu = saved["mu"]
         sigma = saved["sigma"]
-        if not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
-            raise ValueError("sigma is no covariance")
+        finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+        if not finite or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
+            raise ValueError("mu or sigma is not finite, or sigma is no covariance")
         n = saved["n"].item() if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"
     if name not in (extractor.name, "not recorded"):
@@ -261,7 +261,7 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     rows = [np.zeros((0, extractor.width), np.float32)]
     logits = []
     skipped = []
-    for first in tqdm(range(0, n, args.batch_size), note["source"], unit="batch", leave=False):
+    for first in tqdm(range(0, n, args.batch_size), note["source"], leave=False):
         found = read(range(n)[first:first + args.batch_size])
         skipped += [picture for picture in found if isinstance(picture, str)]
         good = [picture for picture in found if not isinstance(picture, str)]

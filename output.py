@@ -154,7 +154,7 @@ def sample_folder(system, folder, labels, args, given):
     missing = [i for i in range(rank, len(labels), ranks) if png(folder, i) not in done]
     seconds = 0.0
     starts = range(0, len(missing), args.batch_size)
-    for k in tqdm(starts, "samples", unit="batch", disable=rank > 0 or not missing):
+    for k in tqdm(starts, "samples", disable=rank > 0 or not missing):
         indices = missing[k:k + args.batch_size]
         start = time.time()
         x_d = given(indices) if given else None

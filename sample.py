@@ -51,7 +51,8 @@ def image_rng(seed, indices, stream, device="cpu"):
     generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def rng(f):
-        return torch.tensor(np.stack([f(generator) for generator in generators])).to(device)
+        drawn = [f(generator) for generator in generators]
+        return torch.tensor(np.stack(drawn)).to(device)
 
     return rng
 
@@ -72,7 +73,8 @@ def least_certain(score, known, done):
     Returns (B, N, S) bool.
     """
     score = score.masked_fill(known, math.inf)
-    ratio = min(max(math.acos(done) / (math.pi / 2), 1e-6), 1)
+    ratio = math.acos(done) / (math.pi / 2)
+    ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
     # after the last step k may be 0, and the answer is not used
     k = min(k, int((~known[0]).sum()) - 1)

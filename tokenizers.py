@@ -73,7 +73,7 @@ def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
         # division by 0.01 would magnify the rounding of bf16.
         logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
     p = logits.softmax(-1)
-    mean_p = mean_over_ranks(p.mean(0))                                     # (2^d_d,)
+    mean_p = mean_over_ranks(p.mean(0))                              # (2^d_d,)
     return commitment, entropy(p).mean(), entropy(mean_p)
 
 
@@ -304,8 +304,10 @@ def encode_pictures(pictures, vae, vq, device, mirror):
     x = torch.stack(views, dim=1).flatten(0, 1)                      # (b F, 3, H, W)
     moments = torch.cat(vae.encode(x * 2 - 1), dim=1).half()
     indices = bits_to_codes(quantise(vq.encode(x)).movedim(1, -1)).int()
-    found = dict(moments=moments, indices=indices)
-    return {name: a.unflatten(0, (-1, len(views))).cpu().numpy() for name, a in found.items()}
+    encoded = dict(moments=moments, indices=indices)
+    for name, array in encoded.items():
+        encoded[name] = array.unflatten(0, (-1, len(views))).cpu().numpy()
+    return encoded
 
 
 def check_statistics(mean, std, d_c, device="cpu"):

@@ -400,8 +400,8 @@ def spoil_step(saved):
     (spoil_integer, "z_proj.weight holds torch.strided torch.int32"),
     (spoil_complex, "z_proj.weight holds torch.strided torch.complex64"),
     (spoil_sparse, "z_proj.weight holds torch.sparse_coo torch.float32"),
-    (spoil_depth, "[0-9]+ weights do not fit its config"),
-    (spoil_heads, "[0-9]+ weights do not fit its config"),
+    (spoil_depth, "no model with [0-9]+ weights has the config"),
+    (spoil_heads, "no model with [0-9]+ weights has the config"),
     (spoil_files, "cannot unpack"),
     (spoil_deviation, "finite numbers, the deviation above 0"),
     (spoil_mean, "finite numbers, the deviation above 0"),
@@ -425,6 +425,29 @@ def test_a_text_is_no_file_of_weights(tmp_path, text):
 
 
 # files and figures
+
+@pytest.mark.parametrize("guidance, name", [("none", "plain MAR"), ("dcsa", "MixAR")])
+def test_the_comparison_names_who_made_its_pictures(monkeypatch, tmp_path, guidance, name):
+    """Plain MAR sees no X_d, so it is not called MixAR."""
+    system = SimpleNamespace(
+        model=SimpleNamespace(guidance=guidance),
+        meta=dict(classes=["disc"]),
+        device="cpu",
+        sample_discrete=lambda seed, indices, y: None,
+        sample_continuous=lambda seed, indices, y, x_d: None,
+        decode_discrete=lambda x_d: torch.zeros(8, 3, 2, 2, dtype=torch.uint8),
+        decode_continuous=lambda x_c: torch.ones(8, 3, 2, 2, dtype=torch.uint8),
+    )
+    grids = {}
+
+    def save_named_grid(images, path, columns, rows):
+        grids[path.name] = images[:, 0, 0, 0].tolist(), rows
+
+    monkeypatch.setattr(output, "save_named_grid", save_named_grid)
+    output.save_figures(system, tmp_path, 0)
+    assert grids["compare.png"] == ([0, 1, 0, 1], ["X_d decoded", name] * 2)
+    assert grids["samples.png"] == ([1] * 8, [""] * 8)
+
 
 def test_a_png_is_a_grid_of_the_classes_and_a_line_tells_the_time(runs, tmp_path, capsys):
     run = runs / "shapes-dcmix"
@@ -480,6 +503,7 @@ def test_classes_by_name_or_number():
     shapes = ["disc", "ring", "square", "triangle", "star"]
     assert sample.wanted_classes("star, 3,0", shapes) == [4, 3, 0]
     assert sample.wanted_classes("1,0", ["1", "0"]) == [0, 1]
+    assert sample.wanted_classes("cat ,dog", [" dog", "cat "]) == [1, 0]
     assert sample.wanted_classes("all", ["a", "b", "c"]) == [0, 1, 2]
     with pytest.raises(SystemExit, match="--classes zebra: unknown class; .* disc, ring"):
         sample.wanted_classes("star,zebra", shapes)

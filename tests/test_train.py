@@ -330,6 +330,12 @@ def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_in_place_of_a_checkpoint_stops_before_training(runs, tmp_path):
+    (tmp_path / "run" / "last.pt").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="last.pt/last.pt: no such file; expected a mixar"):
+        train.main(mixar(runs, tmp_path / "run", "--steps", 1))
+
+
 def test_another_init_is_said(runs, tmp_path, capsys, no_pictures):
     """A resumed run has begun from the first one that was named."""
     before = runs / "shapes-dcmix"
