@@ -69,6 +69,11 @@ def test_eq07_kl_is_zero_for_a_standard_normal_posterior():
 # x_c = VAE(I): VA-VAE, KL-16
 
 
+def test_eq07_convolutions_are_fp32_on_every_gpu():
+    """TF32 would round away bits of x_d."""
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def tiny_vae(attn=True, probe=None):
     name = "vavae_tiny" if attn else "kl_tiny"
     return tokenizers.KLVAE.from_official(golden.official(name, probe))

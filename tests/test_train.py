@@ -783,6 +783,14 @@ def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
             train.main(mixar(runs, tmp_path / "run", "--steps", 1))
 
 
+def test_a_run_names_our_files_relative_to_itself(runs):
+    """So a folder of runs may be moved or renamed."""
+    meta = weights(runs / "shapes-dcmix", "meta")
+    files = [file for file, _ in meta["files"].values()]
+    assert files == ["../shapes/vae", "../shapes/vq", "../shapes/prior"]
+    assert meta["shared"] == "../shapes"
+
+
 def test_a_run_reached_through_links_samples(runs, tmp_path, no_pictures):
     """`..` leads out of where a link points to, not out of where the link lies."""
     (tmp_path / "deep" / "er").mkdir(parents=True)
