@@ -1,9 +1,9 @@
 """The two masked transformers: Eqs. (3), (4) and (6), sections 3.1 to 3.3 of the paper.
 
-`MAR` is p_theta(X_c | X_d) of Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9),
-dcsa (discrete tokens as a prefix) and dcca (cross-attention to them). `MaskBitPrior` is p_phi(X_d)
-of Eqs. (3) and (4), and g_M of Eq. (11). The rest is sizes and the loading of checkpoints. Our
-parameters are named as in the official models, so that their files load.
+`MAR` is p_theta(X_c | X_d) of Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9:
+the decoder gets x_d where x_c is masked), dcsa (discrete tokens as a prefix) and dcca
+(cross-attention to them). `MaskBitPrior` is p_phi(X_d) of Eqs. (3) and (4), which print theta, and
+g_M of Eq. (11). Our parameters are named as in the official models, so that their files load.
 
 Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, stages and sample.py.
 Read train.py next.
@@ -32,7 +32,7 @@ BASE = dict(
     prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1),     # [MaskBit]
     mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),  # [MAR]
 )
-# depth: of the encoder and of the decoder. The large head is MAR-H's.   [paper, Tables 1 and 2]
+# depth: of the encoder and of the decoder. With MAR-H's head, large has Table 2's 557M.   [paper]
 LARGE_MAR = dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1)
 PRESETS = {
     "tiny": dict(                                                                     # [ours]
@@ -48,12 +48,10 @@ PRESETS = {
 }
 
 
-# Attention and blocks
-
 def attention(q, k, v, heads, p=0.0):
     """softmax(q k^T / sqrt(D / heads)) v in each head, with dropout p on the weights.
 
-    On a CPU it is written out with gradients, and in bf16: there the fused kernel is slower.
+    On a CPU the formula is written out for training and for bf16, where the fused kernel is slower.
 
     q: (B, L, D)
     k, v: (B, M, D)
@@ -84,7 +82,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """DC-CA's block: no biases and no learned norm, so that MixAR-L has Table 2's 707M.   [ours]"""
+    """DC-CA's block. MixAR-L has 708M without biases and learned norms, Table 2 707M.   [ours]"""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -134,14 +132,14 @@ def random_table(*shape):
 class MAR(nn.Module):
     """p_theta(x_c^i | x_c^{<i}, X_d) of Eq. (6): encoder, decoder and Eq. (5)'s diffusion head.
 
-    guidance   the encoder gets     the decoder gets at masked positions     and X_d beside that
-    none       visible x_c          the mask token                           never
-    dcmix      visible x_c          the embedded x_d of Eq. (9)              never
-    dcsa       X_d, visible x_c     the mask token                           in front of the tokens
-    dcca       visible x_c          the mask token                           in all blocks of both
+    guidance   at masked positions the decoder gets     other ways in for X_d
+    none       the mask token                           none
+    dcmix      the embedded x_d of Eq. (9)              none
+    dcsa       the mask token                           a prefix in encoder and decoder
+    dcca       the mask token                           cross-attention in every block of both
 
-    The embedded x_d skips the encoder's blocks. With mix_at="encoder", all of Eq. (9)'s x~ goes
-    through the encoder instead, as if nothing were masked.
+    The encoder sees visible x_c alone, so Eq. (9)'s x_d skips it [ours]. With mix_at="encoder" all
+    of Eq. (9)'s x~ goes through the encoder, as if nothing were masked.
 
     N: tokens
     d_c, d_d: channels of x_c, bits of x_d
@@ -208,7 +206,8 @@ class MAR(nn.Module):
         return self.z_proj_ln(x + self.encoder_pos_embed_learned)
 
     def embed_discrete(self, x_d):
-        """DC-SA's prefix or DC-CA's memory, positions added.   (B, N, d_d) -> (B, N, D)"""
+        """DC-SA's prefix or DC-CA's memory.   (B, N, d_d) -> (B, N, D)"""
+        # with the positions and the norm of the continuous tokens   [ours]
         discrete = self.discrete_emb(tokenizers.bits_to_codes(x_d))
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
@@ -218,7 +217,7 @@ class MAR(nn.Module):
             m = torch.zeros_like(m)                                  # all of x~: N' = 0
         masked = nn.functional.pad(m, (self.K, 0))                   # class tokens are visible
         count = masked.shape[1] - int(masked[0].sum())
-        # a stable sort puts the visible positions, 0, first and keeps their order
+        # a stable sort puts the zeros, which are visible, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]
 
     def run_blocks(self, blocks, x, discrete):
@@ -274,8 +273,8 @@ class MAR(nn.Module):
         visible = self.visible_positions(m)                          # (B, V)
         seen, discrete = self.encode(gather(embedded, visible), discrete)
 
-        # At masked positions the decoder gets a placeholder. DC-Mix's is the embedded discrete
-        # token of Eq. (9), which skips the encoder and takes the place of MAR's mask token.
+        # At masked positions the decoder gets a placeholder: MAR's mask token or, for DC-Mix, the
+        # embedded discrete token of Eq. (9).
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
@@ -376,7 +375,7 @@ class MaskBitPrior(nn.Module):
         self.classes = classes
         self.codes = 2 ** (bits // splits)                           # of a group
         self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
-        # official files hold it
+        # a buffer of the official files, not used here
         powers = 2 ** torch.arange(bits // splits, dtype=torch.int32)
         self.register_buffer("bits_to_indices", powers)
         self.class_emb = nn.Embedding(classes + 1, D)
@@ -420,7 +419,7 @@ class MaskBitPrior(nn.Module):
     @classmethod
     def from_official(cls, state):
         """MaskBit's generator with the weights of an official file, {name: tensor}.   [MaskBit]"""
-        if "input_proj.weight" not in state:                                 # or token_emb
+        if "input_proj.weight" not in state:                                 # but token_emb
             state = {key.replace("token_emb", "input_proj"): state[key] for key in state}
         D, bits = state["input_proj.weight"].shape
         config = dict(
@@ -435,7 +434,7 @@ class MaskBitPrior(nn.Module):
 
 
 def heads_of(D):
-    """The attention heads of an official model of width D, which no weight's shape tells.
+    """The attention heads of an official model of width D, which its weights do not show.
 
     Each has 64 features, but there are at most 16 [MAR] [MaskBit] and at least 4 [ours].
     """
@@ -447,7 +446,7 @@ KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixa
 
 def load_model(path, kind):
     """Returns (model, saved): the averaged weights ready for inference, and the checkpoint's dict,
-    in which an official file has step 0 and no meta.
+    which is dict(step=0, meta=None) for an official file.
 
     path: a checkpoint of train.py, its folder, or an official file; SystemExit if it is neither
     kind: a key of KINDS

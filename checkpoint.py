@@ -29,8 +29,9 @@ LOG_EVERY = 10               # steps between rows of log.csv
 def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
-    A step multiplies x by p, a polynomial of x x^T. Where x is wide, x x^T is small. So the product
-    q of the five p is taken first, and then q x.
+    A step multiplies x by p, a polynomial of the Gram matrix x x^T, which then becomes p x x^T p.
+    x is made wide, so that its Gram matrix is the smaller one: the steps are made on that, and x is
+    multiplied once, by the product q of the five p.
 
     g: (k, rows, columns)
     Returns the same shape.
@@ -62,9 +63,9 @@ class Muon(torch.optim.AdamW):
         self.matrices = matrices
 
     def nesterov(self, p):
-        """Update the momentum of p, and return a matrix between the gradient and it."""
+        """Update the momentum of p. Returns a matrix: the gradient, moved 95 % of the way to it."""
         if p not in self.state:
-            # AdamW.step looks for these two names in a parameter's state
+            # the names that AdamW's state has
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
         momentum = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
         return p.grad.lerp(momentum, 0.95).flatten(1)
@@ -123,12 +124,12 @@ class Stage:
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
     config: dict                       # the arguments of its model
-    made_from: dict                    # its pictures or tokens, which may not change later
+    made_from: dict                    # pictures or tokens (and more): may not change later
     loss: Callable                     # loss(model, batch, rng, step)
     n: int = 0                         # how many pictures there are
     get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
     preview: Callable = None           # preview(ema) makes pictures of what is saved
-    meta: dict = None                  # what its checkpoint says beside the model, for sample.py
+    meta: dict = None                  # what its checkpoint says beside the model
 
     @property
     def path(self):
@@ -138,7 +139,7 @@ class Stage:
 def finished(saved):
     """Whether the stage behind a checkpoint has made all the steps of its last command.
 
-    `read_stage` refuses to train such a tokenizer or prior further; stages.is_done passes it over.
+    `read_stage` refuses to train such a tokenizer or prior further; stages.py then skips it.
     """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
 
@@ -146,10 +147,11 @@ def finished(saved):
 def read_stage(args, stage):
     """The checkpoint of a stage, and a text on how this command differs from the one that began it.
 
-    Returns (None, "") if there is none. SystemExit if the stage was begun with another config, made
-    from something else or, unless it is a finished tokenizer or prior, with another seed or batch.
-    SystemExit, too, if a finished tokenizer or prior would have to be trained further, because
-    tokens and runs were made with it.
+    Returns (None, "") if there is none. SystemExit
+        if the stage was begun with another config or made from something else
+        if it was begun with another seed or batch, unless it is a finished tokenizer or prior
+        if it is a finished tokenizer or prior, with which tokens and runs were made, but has fewer
+            steps than this command asks for
     """
     kind = stage.kind
     if not stage.path.exists():
@@ -159,21 +161,21 @@ def read_stage(args, stage):
     may_not_change = stage.made_from | dict(config=stage.config)
     with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
         step = int(saved["step"])
+        used_by_others = finished(saved) and kind != "mixar"
+        if not used_by_others:
+            # seed and batch decide which pictures the next steps see
+            may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
+        disk.check_same(stage.path, saved["settings"], may_not_change)
+        # what may change is only said
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         was["seed"] = saved["settings"]["seed"]
         if kind == "mixar":
             was["init"] = saved["args"]["init"]
-        finished_for_good = finished(saved) and kind != "mixar"
-        if not finished_for_good:
-            # they decide which pictures a batch holds
-            may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
-        disk.check_same(stage.path, saved["settings"], may_not_change)
-    if finished_for_good and step < recipe["steps"]:
+    if used_by_others and step < recipe["steps"]:
         raise SystemExit(f"{stage.path} is finished after {step} steps, not {recipe['steps']}, and "
                          "is not trained further: choose another --runs, or "
                          f"--{kind}-steps {step}")
     now = dict(recipe, amp=args.amp, seed=args.seed, init=args.init)
-    # only what `was` has is compared
     changes = ", ".join(disk.differences(was, now))
     return saved, f" (begun with {changes})" if changes else ""
 
@@ -195,11 +197,12 @@ class State:
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, the optimiser's moments
-        step, ema_start          `step` and `before`
+        step, ema_start          `step`, and `before` under its earlier name
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes
-        meta                     what sampling needs, see stages.describe_run
+        meta                     for "mixar" what sampling needs, such as the files of vae, vq and
+                                 prior, see stages.describe_run; else what it was trained on
     """
 
     def __init__(self, args, stage):
@@ -225,10 +228,11 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         for p in self.model.parameters():
             moments = self.optimizer.state[p]
-            # Muon has no second one
+            # a parameter of Muon's has only the first
             second = moments.get("exp_avg_sq", moments["exp_avg"])
-            if not moments["exp_avg"].shape == second.shape == p.shape:
-                raise ValueError(f"the optimiser has moments of other shapes than {p.shape}")
+            for moment in (moments["exp_avg"], second):
+                if moment.shape != p.shape or not moment.isfinite().all():
+                    raise ValueError("the optimiser's moments are not finite or do not fit")
         self.step = int(saved["step"])
         self.before = int(saved["ema_start"])
 
@@ -256,7 +260,7 @@ class State:
         for p in self.model.parameters():
             if not p.isfinite().all():
                 raise SystemExit(f"{kind}: weights are not finite after step {self.step}; lower "
-                                 "--lr. What was saved before is kept")
+                                 "--lr (of mixar) or lr in RECIPES. What was saved before is kept")
         settings = stage.made_from | dict(
             config=stage.config, seed=self.args.seed, batch=self.args.recipe[kind]["batch"])
         saved = dict(

@@ -96,7 +96,7 @@ def files_below(folder):
             continue
         seen.add(os.path.realpath(place))
         found += [Path(place, name) for name in files if not hidden(name)]
-    return sorted(path for path in found if path.is_file())
+    return sorted(found)
 
 
 def folders_in(folder):
@@ -144,7 +144,7 @@ class Folder:
         others = 0
         for label, folder in enumerate(folders or [root]):
             below = files_below(folder)
-            found = [path for path in below if path.suffix.lower() in endings]
+            found = [p for p in below if p.suffix.lower() in endings and p.is_file()]
             if not found or "last.pt" in [path.name for path in below]:
                 raise SystemExit(f"{folder}: {len(found)} of its {len(below)} files are pictures; "
                                  "a class folder needs some, and no last.pt of a run")
@@ -152,7 +152,7 @@ class Folder:
             labels += [label] * len(found)
             others += len(below) - len(found)
         if others:
-            print(f"{root}: {others} files that are no pictures are left out")
+            print(f"{root}: {others} files that are not pictures are left out")
         self.classes = [printable(folder.name) for folder in folders or [root]]
         keep = choose(len(files), count)
         self.files = [files[i] for i in keep]
@@ -175,7 +175,7 @@ def idx_files(root, pattern="*"):
 
 
 def read_idx(root, part, content, axes):
-    """The uint8 array, of so many axes, in the file of a part ("train") and content ("images").
+    """The uint8 array, with `axes` axes, in the file of a part ("train") and content ("images").
 
     A file name may begin with anything, as in emnist-letters-train-images-idx3-ubyte.
     """

@@ -6,11 +6,12 @@ the noise. `denoising_loss` is Eq. (5). `variational_term` trains the variance b
 
 The process is MAR's: cosine schedule, 1000 timesteps, evenly respaced for sampling.
 
-Reads nothing. Feeds backbone.py, whose MAR holds a head: train.py takes its loss, sample.py its
-samples. Read backbone.py next.
+Reads nothing. Feeds backbone.py, whose MAR holds a head: train.py takes its loss and T, sample.py
+its samples. Read backbone.py next.
 Try: python -m pytest -q -k eq05
 
 M rows (tokens to predict), C = d_c channels, D width of z, W width of the head, T = 1000 timesteps.
+A process over n timesteps numbers them i = 0 .. n - 1. With all 1000, i is t.
 """
 import functools
 import math
@@ -37,7 +38,7 @@ def cosine_betas():
 def respace(n):
     """n of the 1000 timesteps, evenly spaced, and the betas of a process over these alone.   [MAR]
 
-    The stride is added repeatedly and the betas are recomputed even for n = 1000, as MAR does.
+    The stride is added n times, not multiplied: the sums are rounded as MAR's are.
 
     n: int in 2 .. 1000
     Returns timesteps (n,) int64, ascending, and betas (n,) float64. ValueError on any other n.
@@ -88,20 +89,20 @@ def coefficients(n, device="cpu"):
     )
 
 
-def at(coefficient, t):
-    """The values of a coefficient at the indices t (...), shaped (..., 1) for tokens (..., C)."""
-    return coefficient[t][..., None]
+def at(coefficient, i):
+    """The values of a coefficient at the indices i (...), shaped (..., 1) for tokens (..., C)."""
+    return coefficient[i][..., None]
 
 
-def add_noise(x, noise, t, c):
+def add_noise(x, noise, i, c):
     """x^t = sqrt(abar_t) x + sqrt(1 - abar_t) noise, the noised token of Eq. (5).
 
     x, noise: (..., C)
-    t: (...) int, indices of the process
-    c: its coefficients
+    i: (...) int, indices of the timesteps t
+    c: the coefficients of the process
     Returns (..., C).
     """
-    return at(c.sqrt_abar, t) * x + at(c.sqrt_1m_abar, t) * noise
+    return at(c.sqrt_abar, i) * x + at(c.sqrt_1m_abar, i) * noise
 
 
 def denoising_loss(noise, eps):
@@ -117,8 +118,8 @@ def denoising_loss(noise, eps):
 def model_distribution(x_t, eps, v, i, c, bound=None):
     """The distribution p(x_{t-1} | x_t) that the head predicts.   [MAR]
 
-    x_t, eps, v: (..., C); v of -1 and 1 stand for the bounds of the log variance
-    i: int or (...) int, index of the process
+    x_t, eps, v: (..., C); v goes from -1, the smallest log variance, to 1, the largest
+    i: int or (...) int, index of the timestep
     c: the coefficients of the process
     bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
         in x_0. A head trained for minutes has errors, so the preset tiny has a bound [ours].
@@ -134,24 +135,24 @@ def model_distribution(x_t, eps, v, i, c, bound=None):
 
 
 def gaussian_cdf(x):
-    """The tanh approximation of the standard normal distribution function.   [MAR]"""
+    """The cumulative distribution of the standard normal, approximated by tanh.   [MAR]"""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
-def variational_term(x, x_t, eps, v, t, c):
+def variational_term(x, x_t, eps, v, i, c):
     """The term beside Eq. (5) that trains the variance, in bits.   [MAR]
 
-    For t > 0 it is KL(true posterior || model's). At t = 0 it is the negative log-likelihood of x
-    in a bin of half-width 1/255, as ADM has it for pixels. The mean of the channels is taken. eps
-    gets no gradient from it.
+    For i > 0 it is KL(true posterior || model's). At i = 0 it is the negative log-likelihood of x
+    in a bin of half-width 1/255, which ADM, a model of pixels, has for 8-bit values. The mean of
+    the channels is taken. eps gets no gradient from it.
 
     x, x_t, eps, v: (..., C)
-    t: (...) int
+    i: (...) int, indices of timesteps
     Returns (...).
     """
-    mean, log_variance, _ = model_distribution(x_t, eps.detach(), v, t, c)
-    true_mean = at(c.mean_x0, t) * x + at(c.mean_xt, t) * x_t
-    true_log_variance = at(c.log_var, t)
+    mean, log_variance, _ = model_distribution(x_t, eps.detach(), v, i, c)
+    true_mean = at(c.mean_x0, i) * x + at(c.mean_xt, i) * x_t
+    true_log_variance = at(c.log_var, i)
     kl = 0.5 * (
         log_variance - true_log_variance - 1
         + (true_log_variance - log_variance).exp()
@@ -165,13 +166,13 @@ def variational_term(x, x_t, eps, v, t, c):
     probability = torch.where(x > 0.999, 1 - lower, upper - lower)
     probability = torch.where(x < -0.999, upper, probability)
     nll = -probability.clamp(min=1e-12).log()
-    return torch.where(t[..., None] == 0, nll, kl).mean(-1) / math.log(2)
+    return torch.where(i[..., None] == 0, nll, kl).mean(-1) / math.log(2)
 
 
 # The network
 
 def linear(d_in, d_out, std=None):
-    """A linear layer with MAR's start values: Xavier-uniform or normal weights, bias 0."""
+    """A linear layer initialised as MAR's: Xavier-uniform or normal weights, bias 0."""
     layer = nn.Linear(d_in, d_out)
     if std is None:
         nn.init.xavier_uniform_(layer.weight)
@@ -212,8 +213,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(W, eps=1e-6)
         self.mlp = nn.Sequential(linear(W, W), nn.SiLU(), linear(W, W))
-        # MAR's Sequential begins with a SiLU. Ours is applied once, in Denoiser.forward; Identity
-        # keeps the name of the layer after it
+        # MAR's Sequential begins with a SiLU. Ours is applied once, in Denoiser.forward. With the
+        # Identity in its place, the linear layer has the same name as in MAR's files
         self.adaLN_modulation = nn.Sequential(nn.Identity(), zero_linear(W, 3 * W))
 
     def forward(self, h, condition):
@@ -309,14 +310,14 @@ class DiffusionHead(nn.Module):
         """
         c = coefficients(steps, z.device)
         x = noise[0]
-        # i is the index of the process, from steps - 1 down to 0
-        for k, i in enumerate(reversed(range(steps)), start=1):
-            # The first step, at t = 999, multiplies an error of eps by hundreds in the next x, so
-            # it is made in fp32. The other steps multiply it by far less.   [ours]
-            fp32 = torch.autocast(z.device.type, enabled=False)
-            with fp32 if k == 1 else nullcontext():
+        fp32 = torch.autocast(z.device.type, enabled=False)
+        for i in reversed(range(steps)):
+            # The first step, at t = 999, multiplies an error of eps by 316 (of 100 steps) or more
+            # in the next x, so it is computed in fp32. The others multiply it by far less.   [ours]
+            first = i == steps - 1
+            with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[i], z, z_uncond, scale)
             x, log_variance, _ = model_distribution(x, eps, v, i, c, bound)
-            if k < steps:
-                x = x + (0.5 * log_variance).exp() * noise[k] * temperature
+            if i > 0:
+                x = x + (0.5 * log_variance).exp() * noise[steps - i] * temperature
         return x

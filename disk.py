@@ -44,6 +44,9 @@ def differences(was, now):
         old, new = was[name], now.get(name, was[name])
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new)
+        elif name == "names" and old != new:
+            # a hash tells a reader nothing
+            yield "pictures of other names or sizes"
         elif old != new:
             yield f"{name} {old}, not {new}"
 
@@ -83,7 +86,7 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         if path.exists() and not path.is_file():
-            raise OSError("there is something that is no file")
+            raise OSError("it exists and is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
@@ -135,15 +138,16 @@ def load_checkpoint(path, kind):
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             except (pickle.UnpicklingError, LookupError, EOFError) as error:
                 code = re.search(r"GLOBAL (\S+)", str(error))
-                reason = "it is no file of weights"
+                reason = "it is not a file of weights"
                 if code:
                     reason = (f"it holds a {code[1]}, which could run code when loaded; if you "
                               "trust it, load it with weights_only=False and save its state_dict "
                               "alone")
                 raise ValueError(reason) from None
         found = saved.get("kind", kind)
-        if found != kind:
-            raise ValueError(f"it is a {found} checkpoint")
+        step = int(saved.get("step", 0))
+        if found != kind or step < 0:
+            raise ValueError(f"it is a {found} checkpoint of {step} steps")
     return saved
 
 

@@ -221,7 +221,7 @@ def load_statistics(path, extractor):
         sigma = saved["sigma"]
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         if not finite or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
-            raise ValueError("mu or sigma is not finite, or sigma is no covariance")
+            raise ValueError("mu or sigma is not finite, or sigma is not a covariance")
         n = saved["n"].item() if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"
     if name not in (extractor.name, "not recorded"):
@@ -311,14 +311,12 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("pictures", metavar="A", type=train.nonempty,
-                   help="a run, a folder of pictures, an npz file with pictures (arr_0) or with "
-                   "mu and sigma, or a data set")
-    p.add_argument("reference", metavar="B", nargs="?", type=train.nonempty,
-                   help="the same; a data set gives its held-out pictures (None: the data set of "
-                   "the run A)")
+    p.add_argument("pictures", metavar="A", help="a run, a folder of pictures, an npz file with "
+                   "pictures (arr_0) or with mu and sigma, or a data set")
+    p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its "
+                   "held-out pictures (None: the data set of the run A)")
     p.add_argument("--rfd", action="store_true", help="also B's pictures through the run's vae, vq")
-    p.add_argument("--features", default="classifier", metavar="WHICH", type=train.nonempty,
+    p.add_argument("--features", default="classifier", metavar="WHICH",
                    help="inception, classifier or a file of either")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"],
                    help="how Inception's input is resized")
@@ -329,12 +327,10 @@ def parse(argv=None):
                    help="of the samples of a run")
     p.add_argument("--batch-size", **count, default=80, help="pictures at once")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
-    p.add_argument("--save-stats", metavar="FILE.npz", type=train.nonempty,
-                   help="write mu, sigma, n, extractor of A")
-    p.add_argument("--json", metavar="FILE.json", type=train.nonempty,
-                   help="write the report there (None: print it)")
+    p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
+    p.add_argument("--json", metavar="FILE.json", help="write the report there (None: print it)")
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
-    return p.parse_args(argv)
+    return train.parse_flags(p, argv)
 
 
 def write_report(measured, reference, extractor, args, start):

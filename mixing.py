@@ -38,15 +38,15 @@ def check_mask(m, *tokens):
 
 
 def mask_ratio(u, low=0.7):
-    """The mask ratio r of Eq. (8), by inverting the distribution function of p(r) at u.   [MAR]
+    """The mask ratio r of Eq. (8): the inverse of p(r)'s cumulative distribution at u.   [MAR]
 
-    p(r) is a normal distribution of mean 1 and deviation 0.25, cut to [low, 1]. The paper leaves it
-    open (section 3.1). One r serves a whole batch: every image hides equally many tokens.
+    p(r) is a normal distribution of mean 1 and deviation 0.25, truncated to [low, 1]. The paper
+    leaves it open (section 3.1). One r serves a whole batch: all images hide equally many tokens.
 
     u: float in [0, 1]
     Returns a float in [low, 1].
     """
-    # ndtr is the standard normal distribution function, ndtri its inverse
+    # ndtr is the cumulative distribution of the standard normal, ndtri its inverse
     at_low = ndtr((low - 1) / 0.25)
     at_one = 0.5
     return float(1 + 0.25 * ndtri(at_low + u * (at_one - at_low)))

@@ -2,13 +2,14 @@
 
 `sample_prior` is MaskBit's sampler (Eq. 4), `generate` MAR's loop over Eq. (6), and `System` holds
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
-its random numbers are a function of (seed, i).
+its random numbers are a function of (seed, i). A CPU and a GPU draw different ones.
 
 Reads the models, mixing, train (processes, AMP), dataset and output.py. Feeds fid.py, and stages.py
 with pictures of a run. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
-B batch, N tokens, S bit groups of e bits, C = d_c channels. m True: still to predict.
+B batch, N tokens, n_now tokens of this AR step, S bit groups of e bits, C = d_c channels.
+m True: still to predict.
 """
 import argparse
 import math
@@ -27,8 +28,8 @@ import output
 import tokenizers
 import train
 
-# The settings of a run's samples. tiny [ours] was chosen on validation pictures. The others are
-# [MAR]'s, and for the prior those of the released 14-bit generator [MaskBit]. Guidance:
+# The settings of a run's samples. tiny [ours] was chosen on validation pictures.
+# The others are [MAR]'s, and for the prior those of the 14-bit generator [MaskBit]. Guidance:
 #     MixAR  eps = eps_u + cfg (eps_c - eps_u)        cfg = 1 is no guidance
 #     prior  l = l_c + prior_cfg (l_c - l_u)          prior_cfg = 0 is no guidance
 TINY_SAMPLING = dict(
@@ -45,14 +46,13 @@ def image_rng(seed, indices, stream, device="cpu"):
     """The random numbers of the images `indices`: each is a function of (seed, i, stream).
 
     stream: 0 for X_d, 1 for X_c
-    Returns rng: rng(f) calls f(generator) for the generator of every image, and stacks the arrays.
+    Returns rng: rng(f, *shape) gives f's numbers (B, *shape), drawn on the device.
     """
-    keys = [[seed, 2 * int(i) + stream] for i in indices]
-    generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+    first = seed * train.SEED_DISTANCE + stream
+    generators = [torch.Generator(device).manual_seed(first + 2 * int(i)) for i in indices]
 
-    def rng(f):
-        drawn = [f(generator) for generator in generators]
-        return torch.tensor(np.stack(drawn)).to(device)
+    def rng(f, *shape):
+        return torch.stack([f(shape, generator=g, device=device) for g in generators])
 
     return rng
 
@@ -63,20 +63,20 @@ def prior_cfg_at(cfg, power, i, steps):
 
 
 def least_certain(score, known, done):
-    """Eq. (4): which codes are hidden again when this share of the steps is done.   [MaskBit]
+    """Eq. (4): which codes are hidden again after a step that is not the last.   [MaskBit]
 
     They are the k codes of lowest score in each image. At least one is hidden and at least one is
-    kept, so that every step brings something new. After the last step the answer is not used.
+    kept, so that every step brings something new.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
+    done: the share of the steps that have been made
     Returns (B, N, S) bool.
     """
     score = score.masked_fill(known, math.inf)
     ratio = math.acos(done) / (math.pi / 2)
     ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
-    # after the last step k may be 0, and the answer is not used
     k = min(k, int((~known[0]).sum()) - 1)
     ascending, _ = score.flatten(1).sort(dim=1)
     threshold = ascending[:, k - 1]                                          # (B,)
@@ -89,14 +89,16 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
 
     y: (B,) int, the classes
     choose: choose(logits (B, N, S, 2^e)) samples codes (B, N, S)
-    gumbel: gumbel() gives Gumbel noise (B, N, S), scaled by `temperature`, which falls to 0
+    gumbel: gumbel() gives Gumbel noise (B, N, S)
     cfg, power: the guidance scale, see prior_cfg_at
+    temperature: factor of the Gumbel noise in the first step; it falls to 0
     Returns bits (B, N, S e) in {-1, +1}.
     """
     e = prior.bits // prior.splits
     masked = 2 ** e                                                          # stands for "masked"
     codes = torch.full((len(y), prior.N, prior.splits), masked, device=y.device)
-    no_class = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    always = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    never = ~always
     for i in range(steps):
         known = codes < masked
         x = tokenizers.codes_to_bits(codes, e)
@@ -104,30 +106,34 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
         if scale == 0:
             logits = prior(x, y)                                             # (B, N, S, 2^e)
         else:
-            drop = torch.cat([~no_class, no_class])
+            drop = torch.cat([never, always])
             both = prior(torch.cat([x, x]), torch.cat([y, y]), drop)
             logits, without_class = both.chunk(2)
             logits = logits + scale * (logits - without_class)
         chosen = torch.where(known, codes, choose(logits))
+        if i == steps - 1:
+            return tokenizers.codes_to_bits(chosen, e)
         done = (i + 1) / steps
         log_p = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
         score = log_p + gumbel() * temperature * (1 - done)
         hidden = least_certain(score, known, done)
         codes = torch.where(hidden, masked, chosen)
-    return tokenizers.codes_to_bits(chosen, e)
 
 
 def hidden_after(s, steps, N, n_hidden):
     """Eq. (6): how many of N tokens stay hidden after AR step s, of n_hidden before it.   [MAR]
 
-    It is at least 1. In the last step, `generate` hides none.
+    It is at least 1, also for the last step, where `generate` takes 0 instead.
     """
     n_left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
     return max(1, min(n_hidden - 1, n_left))
 
 
 def diffusion_steps_at(s, ar_steps, diffusion_steps):
-    """The diffusion steps of AR step s: an int, or on a line between [first, last].   [ours]"""
+    """The diffusion steps of AR step s.   [ours]
+
+    diffusion_steps: an int for all AR steps, or [first, last], with a straight line between
+    """
     if isinstance(diffusion_steps, int):
         return diffusion_steps
     return round(np.interp(s, (0, max(ar_steps - 1, 1)), diffusion_steps))
@@ -140,8 +146,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
 
     x_d: (B, N, d_d) bits
     y: (B,) int, the classes
-    order: (B, N), a permutation for each image, filled from its end
-    noise: noise(now (B, N) bool, n) gives (n, rows, C) for n diffusion steps of these tokens
+    order: (B, N), a permutation of the positions for each image; its last ones are drawn first
+    noise: noise(now (B, N) bool, n) gives (n, B n_now, C) for n diffusion steps of the tokens `now`
     diffusion_steps: see diffusion_steps_at
     cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known, or "constant"
     temperature, bound: see DiffusionHead.sample
@@ -150,20 +156,23 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     """
     B, N = order.shape
     x_c = torch.zeros(B, N, model.d_c, device=order.device)
-    no_class = torch.ones(B, dtype=torch.bool, device=order.device)
+    always = torch.ones(B, dtype=torch.bool, device=order.device)
+    never = ~always
     n_hidden = N
     for s in range(ar_steps):
         n_left = hidden_after(s, ar_steps, N, n_hidden)
-        # MAR computes the scale before it sets the last step's n_left to 0, and so do we
-        known = (N - n_left) / N if schedule == "linear" else 1
-        scale = 1 + (cfg - 1) * known
+        # The scale takes n_left as it is before the last step sets it to 0, as in MAR. So it never
+        # quite reaches cfg.
+        share = (N - n_left) / N if schedule == "linear" else 1
+        scale = 1 + (cfg - 1) * share
         if s == ar_steps - 1:
             n_left = 0
         m = mixing.hide(order, n_hidden)
         now = m & ~mixing.hide(order, n_left)                                # this step's tokens
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
-        z = model(x, x_d, m, y, ~no_class)[now]                              # (rows, D)
-        z_uncond = model(x, x_d, m, y, no_class)[now] if cfg != 1 else None
+        z = model(x, x_d, m, y, drop=never)[now]                             # (B n_now, D)
+        # without the class, but with X_d                                      [ours]
+        z_uncond = model(x, x_d, m, y, drop=always)[now] if cfg != 1 else None
         n = diffusion_steps_at(s, ar_steps, diffusion_steps)
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
         n_hidden = n_left
@@ -195,12 +204,12 @@ class System:
 
     def __init__(self, run, device="cpu", amp="auto", vae=None, prior=None):
         self.path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
-        # what a run names lies relative to where it is, not to a link
+        # the files that a run names are relative to where it is, not to a link to it
         self.path = self.path.resolve()
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
-        # autocast keeps its copy of a weight in bf16 only while the weight requires a gradient
+        # for speed: autocast keeps its bf16 copies only of weights that require a gradient
         self.model = model.to(self.device).requires_grad_(True)
         with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(saved["step"])
@@ -209,6 +218,7 @@ class System:
                 self.meta = describe_official(model)
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
+            # every value is a pair; in a damaged checkpoint this line fails
             self.files = {kind: (file, fingerprint)
                           for kind, (file, fingerprint) in self.meta["files"].items()}
             self.mean, self.std = tokenizers.check_statistics(
@@ -218,7 +228,7 @@ class System:
         self.vq = self.load_part("vq", None)
         self.prior = self.load_part("prior", prior)
         if self.prior:
-            # as for MixAR's
+            # as for the weights of MixAR above
             self.prior.requires_grad_(True)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
@@ -259,10 +269,10 @@ class System:
 
         def choose(logits):
             output.check_finite(logits)
-            return mixing.sample_codes(logits, rng(lambda g: g.random(shape, np.float32)))
+            return mixing.sample_codes(logits, rng(torch.rand, *shape))
 
         def gumbel():
-            return rng(lambda g: g.gumbel(size=shape)).float()
+            return -(-rng(torch.rand, *shape).log()).log()
 
         with train.autocast(self.amp, self.device):
             return sample_prior(self.prior, y, choose, gumbel, s["prior_steps"], s["prior_cfg"],
@@ -272,12 +282,12 @@ class System:
         """X_c given X_d -> (B, N, d_c), normalised."""
         rng = image_rng(seed, indices, 1, self.device)
         s = self.settings
-        order = rng(lambda g: g.permutation(self.model.N))
+        order = rng(torch.rand, self.model.N).argsort(1)
 
         def noise(now, n):
-            shape = (n, int(now[0].sum()), self.model.d_c)
-            drawn = rng(lambda g: g.standard_normal(shape, np.float32))      # (B, n, N', C)
-            return drawn.transpose(0, 1).flatten(1, 2)                       # (n, B N', C)
+            n_now = int(now[0].sum())
+            drawn = rng(torch.randn, n, n_now, self.model.d_c)               # (B, n, n_now, C)
+            return drawn.transpose(0, 1).flatten(1, 2)                       # (n, B n_now, C)
 
         with train.autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"],
@@ -350,16 +360,13 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
     scale = dict(type=train.within(0), metavar="X")
-    file = dict(type=train.nonempty, metavar="FILE")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    p.add_argument("run", type=train.nonempty,
-                   help="a run such as runs/shapes-dcmix, or an official MAR file")
-    p.add_argument("--out", type=train.nonempty,
-                   help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
+    p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
+    p.add_argument("--out", help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3")
     p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), metavar="N", default=0,
-                   help="image i of a seed is the same at any batch size")
+                   help="image i of a seed is the same at any batch size, on one kind of device")
     p.add_argument("--truth", action="store_true", help="X_d of held-out pictures, not the prior's")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
                    help="discrete: X_d alone, through the bit tokenizer")
@@ -367,8 +374,8 @@ def parse(argv=None):
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"], help="precision")
     g = p.add_argument_group("other files and settings (None: the run's)")
-    g.add_argument("--vae", **file, help="KL-16, which an official MAR needs")
-    g.add_argument("--prior", **file, help="another prior, ours or MaskBit's")
+    g.add_argument("--vae", metavar="FILE", help="KL-16, which an official MAR needs")
+    g.add_argument("--prior", metavar="FILE", help="another prior, ours or MaskBit's")
     g.add_argument("--ar-steps", **count, help="AR steps of MixAR, Eq. 6")
     g.add_argument("--diffusion-steps", type=step_counts, metavar="N",
                    help="of the head; 40:10 falls from the first to the last AR step")
@@ -376,7 +383,7 @@ def parse(argv=None):
     g.add_argument("--temperature", **scale, help="of the diffusion noise")
     g.add_argument("--prior-steps", **count, help="sampling steps of the prior, Eq. 4")
     g.add_argument("--prior-cfg", **scale, help="guidance scale of the prior; 0 is none")
-    return p.parse_args(argv)
+    return train.parse_flags(p, argv)
 
 
 def open_run(args):
@@ -391,7 +398,7 @@ def open_run(args):
     discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
     if discrete and not system.vq:
         raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
-    # every step of a sampler must find something to do
+    # every step draws at least one token, so there cannot be more steps than tokens
     most = dict(ar_steps=system.model.N)
     if system.prior:
         most["prior_steps"] = system.prior.N * system.prior.splits
@@ -411,8 +418,8 @@ def open_truth(system, count):
     source = dataset.open_source(data, "test", system.size, count)
     same_classes = source.classes == system.meta["classes"]
     if len(source.labels) < count or not source.held_out or not same_classes:
-        raise SystemExit(f"--truth --count {count}: {data} does not hold out so many pictures of "
-                         "the run's classes")
+        raise SystemExit(f"--truth --count {count}: {data} does not have that many held-out "
+                         "pictures of the run's classes")
 
     def given(indices):
         pictures = [source.read(i) for i in indices]
@@ -439,7 +446,7 @@ def write_out(system, out, labels, columns, args):
     folder = out.with_name(f"{out.name}.parts") if out.suffix else out
     files = [path.name for path in folder.glob("[!.]*")]
     if files and "settings.json" not in files:
-        raise SystemExit(f"{folder} holds files that are no samples, such as {files[0]}; "
+        raise SystemExit(f"{folder} holds files that are not samples, such as {files[0]}; "
                          "choose another --out")
     with disk.locked(folder) if rank == 0 else nullcontext():
         output.sample_folder(system, folder, labels, args, given)

@@ -28,7 +28,7 @@ import train
 
 
 def vae_loss(model, batch, rng, step):
-    """Squared error and KL. The released VAE has perceptual and adversarial terms, too.   [ours]"""
+    """Squared error and KL, with the weight 1e-4 [ours]. VA-VAE was trained with more terms."""
     x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
     mean, logvar = (a.float() for a in model.encode(x))
     noise = rng(torch.randn, *mean.shape[1:])
@@ -38,7 +38,7 @@ def vae_loss(model, batch, rng, step):
 
 
 def vq_loss(model, batch, rng, step):
-    """Squared error and MaskBit's quantiser losses, without its other terms.   [MaskBit] [ours]"""
+    """Squared error, with the weight 4 [ours], and MaskBit's losses of the quantiser [MaskBit]."""
     x = batch[0]
     z = model.encode(x).float()
     decoded = model.decode(z + (tokenizers.quantise(z) - z).detach())        # straight through
@@ -48,7 +48,7 @@ def vq_loss(model, batch, rng, step):
 
 
 def is_done(args, stage):
-    """Whether nothing is left to do for a vae, vq or prior. If so, it says so."""
+    """Whether a vae, vq or prior is finished. If so, a line says so."""
     saved, changes = checkpoint.read_stage(args, stage)
     done = saved and checkpoint.finished(saved)
     if done:
@@ -61,6 +61,8 @@ def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     folder = shared / kind
     figure = folder / "reconstructions.png"
+    # Until the pictures are read, the unreadable ones are those that an earlier run has named. So a
+    # stage that is done does not read them.
     stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
@@ -83,7 +85,7 @@ def train_tokenizer(args, shared, kind, source):
     def preview(ema):
         output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
 
-    # now that all pictures are read, it is known which of them cannot be
+    # now it is known which pictures cannot be read
     stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
     stage.meta = dict(skipped=source.skipped)
     stage.n = len(pixels)
@@ -139,7 +141,7 @@ def train_mixar(args, shared, run, tokens):
     def preview(ema):
         system = sample.System(run, args.device, amp=args.amp)
         if args.preset != "tiny":
-            # a look takes seconds then, not minutes
+            # these pictures then take seconds, not minutes
             system.settings |= dict(ar_steps=16, diffusion_steps=25)
         try:
             output.save_figures(system, run, args.seed)
@@ -150,7 +152,7 @@ def train_mixar(args, shared, run, tokens):
         kind="mixar",
         folder=run,
         config=config | backbone.PRESETS[args.preset]["mar"],
-        # whether there is an --init may not change; which one is only said, by read_stage
+        # With or without --init may not change. Another --init is only mentioned, by read_stage.
         made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
         loss=partial(train.mixar_loss, prior=prior.to(args.device), args=args),
         n=tokens.n,
@@ -164,7 +166,8 @@ def train_mixar(args, shared, run, tokens):
 def describe_run(args, shared, run, tokens, prior):
     """What a checkpoint says beside the model: all that `sample.System` needs.
 
-    Files of flags have their full path. Ours are named relative to the run, as both may be moved.
+    Files that flags name are given by their full path. Those of `shared` are given relative to the
+    run, so that both may be moved together.
     """
     # links are followed first, since `..` leads out of the folder that a link points to
     own = os.path.relpath(os.path.realpath(shared), os.path.realpath(run))
@@ -185,15 +188,23 @@ def describe_run(args, shared, run, tokens, prior):
     )
 
 
-def check_flags_in_advance(args, shared, run, classes):
-    """Batch sizes, folders and files of flags are checked before anything is trained.
+def check_flags(args):
+    """SystemExit if flags contradict each other."""
+    if "vae" not in args.recipe and not (args.vae and args.vq and args.prior):
+        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
+    useless = "--ti-mix" if args.ti_mix and args.guidance == "none" else ""
+    if args.mix_at == "encoder" and args.guidance != "dcmix":
+        useless = "--mix-at encoder"
+    if useless:
+        raise SystemExit(f"{useless} means nothing with --guidance {args.guidance}: leave it out")
 
-    SystemExit if one does not fit.
-    """
+
+def check_files(args, shared, run, classes):
+    """SystemExit if a batch size, a folder or a file that a flag names does not fit."""
     pieces = train.world()[1] * args.accumulate
     for kind, recipe in args.recipe.items():
         if recipe["batch"] % pieces:
-            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is no multiple of "
+            raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is not a multiple of "
                              f"{pieces}, the processes times --accumulate")
     folders = [run, shared]
     if args.data != "shapes":
@@ -204,8 +215,8 @@ def check_flags_in_advance(args, shared, run, classes):
         a = ours.resolve()
         b = other.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
-            raise SystemExit(f"of {ours}, where this run would be, and {other}, one lies in the "
-                             "other; choose another --runs or --out")
+            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
+                             "choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
         if not file:
@@ -221,12 +232,13 @@ def check_flags_in_advance(args, shared, run, classes):
 
 def train_stages(args):
     """All stages up to --stage, but for those that are done or come as files."""
+    check_flags(args)
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
     run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
     size = backbone.PRESETS[args.preset]["size"]
     source = dataset.open_source(args.data, "train", size, args.images)
-    check_flags_in_advance(args, shared, run, len(source.classes))
+    check_files(args, shared, run, len(source.classes))
     if args.mirror is not None:
         source.mirror = args.mirror
     train.say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")

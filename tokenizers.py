@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 
 import disk
 
-# On a GPU, convolutions compute in fp32, not in TF32: rounding would change some bits of x_d. The
-# same holds for the features of fid.py.
+# On a GPU, convolutions in float32 do not use TF32: its rounding would change some bits of x_d, and
+# the features of fid.py. In training, autocast still makes them bf16.
 torch.backends.cudnn.allow_tf32 = False
 
 
@@ -45,7 +45,7 @@ def codes_to_bits(codes, e):
     """
     powers = torch.arange(e, device=codes.device)
     codes = codes[..., None]
-    bits = (codes >> powers & 1).float() * 2 - 1                     # (B, N, S, e)
+    bits = ((codes >> powers) & 1).float() * 2 - 1                   # (..., S, e)
     return torch.where(codes == 2 ** e, 0.0, bits).flatten(-2)
 
 
@@ -60,7 +60,10 @@ def entropy(p):
 
 
 def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
-    """Commitment loss, mean entropy of a token, entropy of the mean token.   [MaskBit]
+    """Three terms of `stages.vq_loss`, which weighs the two entropies.   [MaskBit]
+
+    Returns the commitment loss times 0.25, the mean over tokens of the entropy of a token's codes,
+    and the entropy of the distribution of codes over all tokens.
 
     z: (B, d_d, h, w), the encoder's output
     codebook: (2^d_d, d_d), every code as bits
@@ -71,7 +74,8 @@ def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
     with torch.autocast(z.device.type, enabled=False):
         # The negative squared distance to each code, up to a constant, at temperature 0.01. The
         # division by 0.01 would magnify the rounding of bf16.
-        logits = 2 * z.movedim(1, -1).flatten(0, -2) @ codebook.T / 0.01   # (B h w, 2^d_d)
+        rows = z.movedim(1, -1).flatten(0, -2)                       # (B h w, d_d)
+        logits = (2 * rows @ codebook.T) / 0.01                      # (B h w, 2^d_d)
     p = logits.softmax(-1)
     mean_p = mean_over_ranks(p.mean(0))                              # (2^d_d,)
     return commitment, entropy(p).mean(), entropy(mean_p)
@@ -84,8 +88,8 @@ conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 class ResBlock(nn.Module):
     """Norm, SiLU and convolution, twice, beside a shortcut.
 
-    Where the width changes, MaskBit's shortcut projects the block's own OUTPUT and drops the input,
-    as its released weights expect.
+    Where the width changes, MaskBit's shortcut projects the output of the two convolutions and
+    drops the input, as its released weights expect.
     """
 
     def __init__(self, c_in, c, groups, maskbit):
@@ -145,8 +149,8 @@ class Level(nn.Module):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         if self.scale == 0.5:
-            # TensorFlow's padding SAME: an odd side gets zeros at both ends. No preset has odd
-            # sides.   [MaskBit]
+            # TensorFlow's padding SAME: an even side gets zeros at its end, an odd one at both
+            # ends. No preset has odd sides.   [MaskBit]
             top, left = (side % 2 if self.maskbit else 0 for side in x.shape[2:])
             x = pad(x, (left, 1, top, 1))
         elif self.scale == 2:
@@ -164,8 +168,9 @@ def levels(widths, blocks, groups, maskbit, scale, attn_at):
     return made
 
 
-def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, up_attention=False):
-    """A tokenizer's encoder, to c_out channels, and its decoder, from c_in channels.
+def make_coders(width, mult, blocks, groups, encoder_out, decoder_in, maskbit=False,
+                up_attention=False):
+    """A tokenizer's encoder, to encoder_out channels, and its decoder, from decoder_in channels.
 
     Level i of the encoder has `blocks` blocks of width * mult[i] channels. All levels but the last
     halve the picture. `up_attention` gives the decoder's first level attention. KLVAE also has it
@@ -187,9 +192,9 @@ def coders(width, mult, blocks, groups, c_out, c_in, maskbit=False, up_attention
         mid=mid(),
         norm_out=norm(groups, c),
         silu=nn.SiLU(),
-        conv_out=nn.Conv2d(c, c_out, 1) if maskbit else conv3(c, c_out)))
+        conv_out=nn.Conv2d(c, encoder_out, 1) if maskbit else conv3(c, encoder_out)))
     decoder = nn.Sequential(OrderedDict(
-        conv_in=conv3(c_in, c),
+        conv_in=conv3(decoder_in, c),
         mid=mid(),
         up=levels(widths[::-1], up_blocks, groups, maskbit, 2, 0 if up_attention else None),
         norm_out=norm(groups, widths[0]),
@@ -221,13 +226,13 @@ class KLVAE(nn.Module):
     """x_c = VAE(I) of Eq. (7), of z = d_c channels.
 
     up_attention: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
-    groups: of every GroupNorm, 32 in the official models [VA-VAE] [MAR]. The preset tiny has 1: in
-        32 groups, each of its 32 channels would be alone, and the norm would erase its mean. [ours]
+    groups: of every GroupNorm, 32 in the official models [VA-VAE] [MAR]. The preset tiny has 1, as
+        its first level has 32 channels: a norm of each alone would erase its mean.   [ours]
     """
 
     def __init__(self, width, mult, blocks, z, up_attention=True, groups=32):
         super().__init__()
-        self.encoder, self.decoder = coders(
+        self.encoder, self.decoder = make_coders(
             width, mult, blocks, groups, 2 * z, z, up_attention=up_attention)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
@@ -245,7 +250,7 @@ class KLVAE(nn.Module):
             if key.startswith("decoder.up."):
                 _, _, level, rest = key.split(".", 3)
                 key = f"decoder.up.{last - int(level)}.{rest}"
-            # The others belong to the training of VA-VAE.
+            # What is left out was needed to train VA-VAE only.
             if not key.startswith(("loss.", "foundation_model.", "linear_proj.")):
                 ours[key] = value
         config["z"] = len(ours["post_quant_conv.weight"])
@@ -263,11 +268,12 @@ class KLVAE(nn.Module):
 
 
 class BitVQ(nn.Module):
-    """x_d = VQVAE(I) of Eq. (7): d_d = `bits` signs a token, without a codebook.   [MaskBit]"""
+    """x_d = VQVAE(I) of Eq. (7): d_d = `bits` signs a token. No codebook is learned.   [MaskBit]"""
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
-        self.encoder, self.decoder = coders(width, mult, blocks, groups, bits, bits, maskbit=True)
+        self.encoder, self.decoder = make_coders(
+            width, mult, blocks, groups, bits, bits, maskbit=True)
         powers = 2 ** torch.arange(bits, dtype=torch.int32)
         codes = torch.arange(2 ** bits)[:, None]
         # Official files hold these two.
@@ -311,7 +317,7 @@ def encode_pictures(pictures, vae, vq, device, mirror):
 
 
 def check_statistics(mean, std, d_c, device="cpu"):
-    """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are of no use."""
+    """The mean and deviation of x_c, lists, as tensors (d_c,). ValueError if they are invalid."""
     mean = torch.tensor(mean, dtype=torch.float32, device=device)
     std = torch.tensor(std, dtype=torch.float32, device=device)
     finite = mean.isfinite().all() and std.isfinite().all() and (std > 0).all()

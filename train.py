@@ -1,15 +1,15 @@
 """Training: one loop for the four models. `mixar_loss` is the paper's Fig. 3 (left).
 
-Here are the losses of MixAR and the prior, the loop (`fit`), torch.distributed, AMP and the flags.
-stages.py says what each model is trained on; checkpoint.py has Stage and State of a model in
-training. A stopped run goes on where it was.
+Here are the losses of MixAR and the prior, the loop (`fit`, `train_steps`), torch.distributed, AMP
+and the flags. stages.py says what each model is trained on; checkpoint.py has Stage and State of a
+model in training. The command of a stopped run continues it.
 
 Reads disk, tokenizers, mixing, diffusion_head, backbone and checkpoint.py, writes runs/. Feeds
 stages, sample, output, features and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
 Try: torchrun train.py --guidance dcmix
 
-B pictures: of the whole batch in `Rng` and `step_batches`, elsewhere of the part that a process
-computes at once. N tokens, N' masked ones, R diffusion draws per token. m True: to predict.
+B pictures of a batch (in the losses, of the part that a process computes at once), N tokens, N'
+masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
 import copy
@@ -37,7 +37,7 @@ from diffusion_head import T
 LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SEED_DISTANCE = 10_000_019   # two seeds share no random numbers in runs of fewer steps
+SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers in so many steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
@@ -50,7 +50,7 @@ TINY_RECIPE = dict(
                decay=0.045),
     mixar=dict(steps=1000, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
-# 400 epochs of ImageNet, 625 steps each. The other models come as files.      [MAR]
+# 400 epochs of ImageNet, 625 steps each [MAR]; the warm-up is [ours]. Other models come as files.
 LARGE_RECIPE = dict(
     mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
                betas=(0.9, 0.95), decay=0.02, draws=4))
@@ -61,8 +61,8 @@ def mixar_loss(model, batch, rng, step, prior, args):
     """The training step of the paper: the loss of a batch, a mean over its masked tokens.
 
     batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,)
-    rng: the random numbers of this step: rng(f, *shape) gives f's numbers (B, *shape)
-    step: of this command, from 0; lambda depends on it
+    rng: the random numbers of this step: rng(torch.rand, *shape) gives uniform ones (B, *shape)
+    step: of this run, from 0, without those of --init; lambda depends on it
     prior: g_M of Eq. (11), needed with --ti-mix
     args: the flags, with the recipes
     """
@@ -73,6 +73,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
     ratio = mixing.mask_ratio(float(rng.shared(torch.rand, 1)))
     m = mixing.sample_mask(rng(torch.rand, N).argsort(1), ratio)             # Eq. (8)
     drop = rng(torch.rand) < LABEL_DROP
+    # Eq. (12) before Eq. (9), which mixes its x~_d; Fig. 3 has them the other way round
     if args.ti_mix:
         u = rng(torch.rand, N, prior.splits)
         x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
@@ -88,7 +89,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...), so that the numbers of each draw follow z[m]'s rows."""
+    """(B, R, N', ...) -> (R, B N', ...). z[m], too, has the masked tokens image by image."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -96,7 +97,7 @@ def training_mask(u_ratio, u_code):
     """Eq. (3)'s mask (B, N, S): a code is hidden with probability acos(u) / (pi / 2).   [MaskBit]
 
     u_ratio: (B,) uniform, the u of each image
-    u_code: (B, N, S) uniform
+    u_code: (B, N, S) uniform; the codes of a token are hidden one by one
     """
     probability = torch.acos(u_ratio) / (math.pi / 2)
     return u_code < probability[:, None, None]
@@ -140,9 +141,9 @@ class Loss(nn.Module):
 class Rng:
     """The random numbers of a step, but for dropout: a function of (seed, step).
 
-    rng(f, *shape) draws f's numbers (B, *shape) for the whole batch and keeps the rows of this
-    process, so that the number of processes changes nothing. With --accumulate it keeps those of
-    part `part` of `parts`. rng.shared(f, *shape) gives the same numbers to all.
+    rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and keeps the
+    rows of this process, or those of part `part` of `parts` (--accumulate). So the number of
+    processes changes nothing. rng.shared(f, *shape) gives the same numbers to all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -167,22 +168,22 @@ def data_order(seed, epoch, n):
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
-def step_batches(args, get_batch, n, B, step, parts):
+def step_batches(args, get_batch, n, B, total_step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
     Every epoch leaves out its last n mod B pictures; with n < B, pictures repeat. Dropout is seeded
-    here, apart from `Rng`. With --init, `step` counts from the start of the first run.
+    here, apart from `Rng`. total_step counts the steps of --init, too.
     """
     rank, ranks = world()
-    torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + step) * ranks + rank)
-    epoch, k = divmod(step, max(n // B, 1))
+    torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + total_step) * ranks + rank)
+    epoch, k = divmod(total_step, max(n // B, 1))
     order = data_order(args.seed, epoch, n)
     if n < B:
         order = np.resize(order, B)
     pictures = order[k * B:(k + 1) * B]
     batches = []
     for part in range(parts):
-        rng = Rng(args.seed, step, B, torch.device(args.device), part, parts)
+        rng = Rng(args.seed, total_step, B, torch.device(args.device), part, parts)
         batch = get_batch(pictures[rng.rows], rng)
         batches.append((tuple(a.to(args.device) for a in batch), rng))
     return batches
@@ -191,7 +192,7 @@ def step_batches(args, get_batch, n, B, step, parts):
 def learning_rate(recipe, step, before=0):
     """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit].
 
-    before: steps of the run of --init, else 0. Where it has annealed the rate, it stays at 10 %.
+    before: steps of the run of --init, else 0. After --init an annealed rate stays at 10 %.
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -246,7 +247,8 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # stopped at step 800 of 1000, say; saved again by a command for 600, it is finished
+            # A run of 1000 steps was stopped at 800, say, and this command is for 600. Nothing was
+            # trained, but saving notes the new length, by which the run is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -254,7 +256,7 @@ def fit(args, stage):
 
 
 def train_steps(args, stage, state):
-    """The steps of a stage that are missing. A signal ends it when the step is done and saved."""
+    """Take the remaining steps of a stage. After a signal, end when the step is done and saved."""
     rank, ranks = world()
     kind = stage.kind
     recipe = args.recipe[kind]
@@ -284,7 +286,8 @@ def train_steps(args, stage, state):
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and last):
             raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
-                             f"{state.step}; lower --lr, or begin anew without {stage.path}")
+                             f"{state.step}; lower --lr (of mixar) or lr in RECIPES, or begin anew "
+                             f"without {stage.path}")
         state.step += 1
         look = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
@@ -298,7 +301,7 @@ def train_steps(args, stage, state):
         if stopping:
             end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
             say(f"\n{kind}: stopped by a signal at step {state.step}, {end}")
-            # without a signal of our own, another process has one
+            # without a signal here, another process has received one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
 
@@ -322,7 +325,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Its gradient is q's own, since DDP averages gradients."""
+    """The mean of q over the processes. The gradient goes to this process's q; DDP averages it."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -333,7 +336,7 @@ def mean_over_ranks(q):
 def end_at_once_on_signal(received=()):
     """Outside `train_steps`: from now on, one of SIGNALS ends the program at once.
 
-    received: signals that came earlier; the first of them ends it now
+    received: signals that came earlier; if there is one, it ends the program now
     """
     def stop(number, frame):
         if world()[0] == 0:
@@ -342,12 +345,12 @@ def end_at_once_on_signal(received=()):
 
     for number in SIGNALS:
         signal.signal(number, stop)
-    for number in received:
-        stop(number, None)
+    if received:
+        stop(received[0], None)
 
 
 def finish_step_on_signal():
-    """In `train_steps`, which then saves and ends: SIGNALS only add to the list returned here."""
+    """Returns a list to which SIGNALS are added from now on. `train_steps` looks at it."""
     received = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: received.append(number))
@@ -356,21 +359,17 @@ def finish_step_on_signal():
 
 @contextmanager
 def end_in_one_line():
-    """Around a main: signals and errors of the operating system end it with one line.
-
-    Such an error is, for example, that the disk is full.
-    """
+    """Inside, a signal, or an error such as a full disk, ends the program with one line."""
     end_at_once_on_signal()
-    # file names may hold what the terminal cannot show
+    # file names may hold what the terminal cannot show; a stream that was closed is None
     for stream in (sys.stdout, sys.stderr):
-        # a stream that was closed is None
         if stream:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (OSError, MemoryError, OverflowError) as error:
         reason = str(error) or type(error).__name__
-        raise SystemExit(f"cannot go on: {reason}; mend that, or choose other folders or numbers"
+        raise SystemExit(f"cannot go on: {reason}; fix that, or choose other folders or numbers"
                          ) from None
 
 
@@ -409,23 +408,24 @@ def within(low, high=math.inf, kind=float):
     return number
 
 
-def nonempty(text):
-    """The argparse type of a name. An empty one would stand for the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("a name is missing")
-    return text
+def parse_flags(p, argv):
+    """p.parse_args, which an empty name ends: it would stand for the current folder."""
+    args = p.parse_args(argv)
+    for flag, value in vars(args).items():
+        if value == "":
+            p.error(f"{flag}: a name is missing")
+    return args
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=within(1, kind=int), metavar="N")
-    file = dict(type=nonempty, metavar="FILE")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", type=nonempty, help="shapes or a folder of pictures")
-    g.add_argument("--images", **count, help="use at most so many pictures")
+    g.add_argument("--data", default="shapes", help="shapes or a folder of pictures")
+    g.add_argument("--images", **count, help="use at most N pictures")
     g.add_argument("--mirror", action=argparse.BooleanOptionalAction,
                    help="train on mirror images, too (None: as the data set says)")
     g.add_argument("--guidance", default="dcmix", choices=backbone.GUIDANCES,
@@ -433,13 +433,13 @@ def parse(argv=None):
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"],
                    help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
-    g.add_argument("--init", metavar="RUN", type=nonempty,
+    g.add_argument("--init", metavar="RUN",
                    help="continue from this MixAR run or official MAR [paper 4.3]")
     g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
-    g.add_argument("--vae", **file, help="VA-VAE, KL-16 or ours, not to be trained")
-    g.add_argument("--vq", **file, help="MaskBit's tokenizer or ours, likewise")
-    g.add_argument("--prior", **file, help="MaskBit's generator or ours, likewise")
+    g.add_argument("--vae", metavar="FILE", help="use this VA-VAE, KL-16 or vae of ours")
+    g.add_argument("--vq", metavar="FILE", help="use this tokenizer of MaskBit or vq of ours")
+    g.add_argument("--prior", metavar="FILE", help="use this generator of MaskBit or prior of ours")
     g = p.add_argument_group("length and rate (None: as in RECIPES)")
     g.add_argument("--vae-steps", **count, help="training steps of stage vae")
     g.add_argument("--vq-steps", **count, help="training steps of stage vq")
@@ -448,40 +448,33 @@ def parse(argv=None):
     g.add_argument("--batch-size", **count, help="pictures a step, over all processes")
     g.add_argument("--lr", type=within(0), metavar="X", help="learning rate of stage mixar")
     g = p.add_argument_group("running")
-    g.add_argument("--runs", default="runs", type=nonempty, help="the folder of all runs")
-    g.add_argument("--out", type=nonempty, help="the MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
+    g.add_argument("--runs", default="runs", help="the folder of all runs")
+    g.add_argument("--out", help="the MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
     g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
-                   help="of start values, data order, masks and noise")
+                   help="of initial weights, data order, masks and noise")
     g.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"],
                    help="precision; auto is bf16 where the device computes in it")
     g.add_argument("--accumulate", **count, default=1, help="take the batch in N parts (not vq's)")
-    g.add_argument("--checkpoint-activations", action="store_true", help="MixAR's, for memory")
+    g.add_argument("--checkpoint-activations", action="store_true", help="MixAR's, to save memory")
     g.add_argument("--save-every", **count, default=500, help="steps between checkpoints")
     g.add_argument("--sample-every", type=within(0, kind=int), metavar="N", default=1000,
                    help="steps between pictures; 0: only at the end")
     g.add_argument("--tensorboard", action="store_true", help="write an event file, too")
-    args = p.parse_args(argv)
-    settle(args)
+    args = parse_flags(p, argv)
+    add_recipe(args)
     return args
 
 
-def settle(args):
-    """Refuse flags that contradict each other, and add `recipe`, the recipes of the stages."""
+def add_recipe(args):
+    """Add `recipe` to the flags: the recipe of each stage, changed as the flags say."""
     args.recipe = copy.deepcopy(RECIPES[args.preset])
-    if args.preset != "tiny" and not (args.vae and args.vq and args.prior):
-        raise SystemExit(f"--preset {args.preset} trains MixAR alone: give --vae, --vq and --prior")
-    useless = "--ti-mix" if args.ti_mix and args.guidance == "none" else ""
-    if args.mix_at == "encoder" and args.guidance != "dcmix":
-        useless = "--mix-at encoder"
-    if useless:
-        raise SystemExit(f"{useless} means nothing with --guidance {args.guidance}: leave it out")
     steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
         recipe["steps"] = steps[kind] or recipe["steps"]
         recipe["batch"] = args.batch_size or recipe["batch"]
     mixar = args.recipe["mixar"]
-    if args.preset != "tiny":
+    if RECIPES[args.preset] is LARGE_RECIPE:
         mixar["lr"] *= mixar["batch"] / 2048                                 # [MAR]
     if args.lr is not None:
         mixar["lr"] = args.lr

@@ -491,7 +491,7 @@ def test_statistics_are_saved_and_read_back(measured, tmp_path):
         measured(str(file), "idx", "--count", "3")
     for number, wrong in enumerate([-saved["sigma"], np.triu(saved["sigma"])]):
         np.savez(tmp_path / f"wrong{number}.npz", mu=saved["mu"], sigma=wrong)
-        words = f"wrong{number}.npz: not a .*, or sigma is no covariance"
+        words = f"wrong{number}.npz: not a .*, or sigma is not a covariance"
         with pytest.raises(SystemExit, match=words):
             measured("samples.npz", str(tmp_path / f"wrong{number}.npz"))
     np.savez(tmp_path / "plain.npz", mu=saved["mu"], sigma=saved["sigma"])

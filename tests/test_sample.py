@@ -45,7 +45,7 @@ def change_run(runs, folder, **meta):
 def test_random_numbers_are_a_function_of_seed_image_and_stream():
     """They are the same in any batch. Another seed, another image and X_c instead of X_d differ."""
     def numbers(seed, indices, stream):
-        return sample.image_rng(seed, indices, stream)(lambda g: g.random(4))
+        return sample.image_rng(seed, indices, stream, "cpu")(torch.rand, 4)
 
     batch = numbers(3, [5, 7], 0)
     assert torch.equal(batch[1], numbers(3, [7], 0)[0])
@@ -151,7 +151,7 @@ def test_more_pictures_than_are_held_out_is_one_line(runs, tmp_path, part, count
     for name in ("a.png", "b.png"):
         Image.new("RGB", (32, 32)).save(folder / name)
     run = change_run(runs, tmp_path / "runs", data=str(tmp_path / "data"))
-    with pytest.raises(SystemExit, match=f"--truth --count {count}: .* does not hold out so many"):
+    with pytest.raises(SystemExit, match=f"--truth --count {count}: .* does not have that many"):
         sample.main(sampling(run, tmp_path / "s", "--truth", "--count", count))
     assert not (tmp_path / "s").exists()
 
@@ -293,7 +293,7 @@ def test_files_of_others_are_never_taken_for_samples_or_removed(runs, tmp_path):
     (tmp_path / "s.png.parts" / "mine.txt").write_text("x")
     run = runs / "shapes-dcmix"
     for out in (tmp_path / "own", tmp_path / "s.png", run, tmp_path):
-        with pytest.raises(SystemExit, match="holds files that are no samples, such as"):
+        with pytest.raises(SystemExit, match="holds files that are not samples, such as"):
             sample.main(sampling(run, out, "--count", 2))
     assert (tmp_path / "s.png.parts" / "mine.txt").read_text() == "x"
     assert not (run / "000000.png").exists()
@@ -420,7 +420,7 @@ def test_values_are_checked_once_where_they_enter(runs, tmp_path, spoil, words):
 @pytest.mark.parametrize("text", ["expected", "step,loss", "a picture"])
 def test_a_text_is_no_file_of_weights(tmp_path, text):
     (tmp_path / "last.pt").write_text(text)
-    with pytest.raises(SystemExit, match="not a mixar checkpoint: it is no file of weights"):
+    with pytest.raises(SystemExit, match="not a mixar checkpoint: it is not a file of weights"):
         sample.System(tmp_path)
 
 
@@ -532,7 +532,7 @@ def test_numbers_that_sample_nothing_are_refused(flags, words, capsys):
 def test_truth_of_more_pictures_than_are_held_out_is_refused(runs, tmp_path, monkeypatch):
     three = dataset.open_source("shapes", "test", 32, 3)
     monkeypatch.setattr(dataset, "open_source", lambda *given: three)
-    with pytest.raises(SystemExit, match="--truth --count 4: shapes does not hold out so many"):
+    with pytest.raises(SystemExit, match="--truth --count 4: shapes does not have that many"):
         sample.main(sampling(runs / "shapes-dcmix", tmp_path / "s", "--truth", "--count", 4))
 
 
