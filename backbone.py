@@ -2,8 +2,9 @@
 
 `MAR` is p_theta(X_c | X_d) of Eq. (6), with the paper's guidances: none (plain MAR), dcmix (Eq. 9:
 the decoder gets x_d where x_c is masked), dcsa (discrete tokens as a prefix) and dcca
-(cross-attention to them). `MaskBitPrior` is p_phi(X_d) of Eqs. (3) and (4), which print theta, and
-g_M of Eq. (11). Our parameters are named as in the official models, so that their files load.
+(cross-attention to them). `MaskBitPrior` is p_phi(X_d) of Eqs. (3) and (4), where the paper prints
+theta for phi. It is also g_M of Eq. (11). Our parameters are named as in the official models, so
+that their files load.
 
 Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, stages and sample.py.
 Read train.py next.
@@ -42,6 +43,15 @@ PRESETS = {
         prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
         mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
     ),
+    "small": dict(                                                                    # [ours]
+        size=64,
+        vae=dict(width=64, mult=(1, 2, 4), blocks=2, z=16),
+        vq=dict(width=64, mult=(1, 2, 4), blocks=2, bits=12),
+        prior=dict(D=384, depth=8, heads=6, mlp=1536,
+                   prenorm=True, dropout=0.0),
+        mar=dict(D=384, depth=6, heads=6, K=16,
+                 head_depth=4, head_width=512, dropout=0.0),
+    ),
     "base": BASE,
     "large": BASE | dict(mar=LARGE_MAR),
     "huge": BASE | dict(mar=LARGE_MAR | dict(D=1280, depth=20)),
@@ -53,9 +63,7 @@ def attention(q, k, v, heads, p=0.0):
 
     On a CPU the formula is written out for training and for bf16, where the fused kernel is slower.
 
-    q: (B, L, D)
-    k, v: (B, M, D)
-    Returns (B, L, D).
+    q (B, L, D), k and v (B, M, D) -> (B, L, D)
     """
     # (B, L, D) -> (B, heads, L, D / heads)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -82,7 +90,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """DC-CA's block. MixAR-L has 708M without biases and learned norms, Table 2 707M.   [ours]"""
+    """For DC-CA. MixAR-L has 708M without biases or learned norms, Table 2 707M.   [ours]"""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -123,8 +131,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# MAR with guidance: Eq. (6)
-
 def random_table(*shape):
     return nn.Parameter(0.02 * torch.randn(shape))
 
@@ -138,8 +144,8 @@ class MAR(nn.Module):
     dcsa       the mask token                           a prefix in encoder and decoder
     dcca       the mask token                           cross-attention in every block of both
 
-    The encoder sees visible x_c alone, so Eq. (9)'s x_d skips it [ours]. With mix_at="encoder" all
-    of Eq. (9)'s x~ goes through the encoder, as if nothing were masked.
+    In dcmix the encoder sees the visible x_c alone, as in MAR, and Eq. (9)'s x_d skips it [ours].
+    With mix_at="encoder", the letter of section 3.3, all of Eq. (9)'s x~ goes through both.
 
     N: tokens
     d_c, d_d: channels of x_c, bits of x_d
@@ -254,7 +260,7 @@ class MAR(nn.Module):
         return x + self.diffusion_pos_embed_learned
 
     def forward(self, x, x_d, m, y, drop):
-        """z of Eq. (6), on which the diffusion head predicts each masked token.
+        """z of Eq. (6), from which the diffusion head predicts each masked token.
 
         x: (B, N, d_c), the output of `mix`; masked positions of it are read only with dcmix
         x_d: (B, N, d_d) bits, for dcsa and dcca
@@ -269,7 +275,6 @@ class MAR(nn.Module):
         discrete = None                                              # prefix or memory
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
-        # with mix_at="encoder", all positions are visible
         visible = self.visible_positions(m)                          # (B, V)
         seen, discrete = self.encode(gather(embedded, visible), discrete)
 
@@ -308,8 +313,6 @@ def scatter(x, positions, values):
     index = positions[..., None].expand(-1, -1, x.shape[2])
     return x.to(values.dtype).scatter(1, index, values)
 
-
-# MaskBit's generator: Eqs. (3) and (4)
 
 class MultiHead(nn.Module):
     """Self-attention with parameters named as in PyTorch's nn.MultiheadAttention."""
@@ -419,7 +422,7 @@ class MaskBitPrior(nn.Module):
     @classmethod
     def from_official(cls, state):
         """MaskBit's generator with the weights of an official file, {name: tensor}.   [MaskBit]"""
-        if "input_proj.weight" not in state:                                 # but token_emb
+        if "input_proj.weight" not in state:                                 # older: token_emb
             state = {key.replace("token_emb", "input_proj"): state[key] for key in state}
         D, bits = state["input_proj.weight"].shape
         config = dict(
@@ -461,8 +464,6 @@ def load_model(path, kind):
         state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
         return KINDS[kind].from_official(state), dict(step=0, meta=None)
 
-
-# The paper's sizes
 
 # name: preset, guidance, d_c, changes of the head; the paper's parameters (M) and tokens
 SIZES = {

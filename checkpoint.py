@@ -29,22 +29,26 @@ LOG_EVERY = 10               # steps between rows of log.csv
 def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
-    A step multiplies x by p, a polynomial of the Gram matrix x x^T, which then becomes p x x^T p.
-    x is made wide, so that its Gram matrix is the smaller one: the steps are made on that, and x is
-    multiplied once, by the product q of the five p.
+    With G = x x^T, a step is x <- p x, where p = a I + b G + c G^2. Then G <- p G p. Only G and the
+    product q of the five p are computed step by step, and x <- q x once. G is small if x is wide.
 
     g: (k, rows, columns)
     Returns the same shape.
     """
     wide = g if g.shape[1] <= g.shape[2] else g.mT
     x = nn.functional.normalize(wide, dim=(1, 2))
-    gram = x @ x.mT
     one = torch.eye(x.shape[1], device=x.device)
-    q = one
-    for _ in range(5):
-        p = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
-        q = p @ q
+
+    def polynomial(gram):
+        return 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
+
+    gram = x @ x.mT
+    p = polynomial(gram)
+    q = p
+    for _ in range(4):
         gram = p @ gram @ p
+        p = polynomial(gram)
+        q = p @ q
     x = q @ x
     return x if wide is g else x.mT
 
@@ -63,7 +67,7 @@ class Muon(torch.optim.AdamW):
         self.matrices = matrices
 
     def nesterov(self, p):
-        """Update the momentum of p. Returns a matrix: the gradient, moved 95 % of the way to it."""
+        """Update the momentum of p. Returns 5 % of the gradient plus 95 % of that, as a matrix."""
         if p not in self.state:
             # the names that AdamW's state has
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
@@ -139,7 +143,7 @@ class Stage:
 def finished(saved):
     """Whether the stage behind a checkpoint has made all the steps of its last command.
 
-    `read_stage` refuses to train such a tokenizer or prior further; stages.py then skips it.
+    Such a tokenizer or prior is skipped. A command for more steps ends with an error (read_stage).
     """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
 
@@ -197,12 +201,13 @@ class State:
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, the optimiser's moments
-        step, ema_start          `step`, and `before` under its earlier name
+        step, ema_start          the attributes `step` and `before` (its old name, as in old files)
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes
-        meta                     for "mixar" what sampling needs, such as the files of vae, vq and
-                                 prior, see stages.describe_run; else what it was trained on
+        meta                     of "mixar" what sampling needs, such as the files of vae, vq and
+                                 prior, see stages.describe_run; of a tokenizer the unreadable
+                                 pictures, of the prior its tokens
     """
 
     def __init__(self, args, stage):
@@ -228,7 +233,7 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         for p in self.model.parameters():
             moments = self.optimizer.state[p]
-            # a parameter of Muon's has only the first
+            # Muon has only the first moment
             second = moments.get("exp_avg_sq", moments["exp_avg"])
             for moment in (moments["exp_avg"], second):
                 if moment.shape != p.shape or not moment.isfinite().all():

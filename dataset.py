@@ -364,13 +364,13 @@ def report_skipped(source, reasons):
 
 
 # The files of a token cache, each with a row for every picture, and their types.
-ARRAYS = dict(moments=np.float16, indices=np.int32, status=np.uint8, labels=np.int64)
+CACHE_FILES = dict(moments=np.float16, indices=np.int32, status=np.uint8, labels=np.int64)
 
 
 def open_arrays(folder, mode):
     """The arrays of a token cache as a dict, on the disk. SystemExit naming one that is damaged."""
     arrays = {}
-    for name, kind in ARRAYS.items():
+    for name, kind in CACHE_FILES.items():
         path = folder / f"{name}.npy"
         with disk.reading(path, f"part of a token cache (remove {folder} to make it again)"):
             arrays[name] = np.load(path, mmap_mode=mode)
@@ -392,7 +392,7 @@ def begin_cache(folder, source, example):
                          f"{free / 1e9:.3g} GB are free; choose another --runs, or --images")
     for name, value in example.items():
         shape = (n, *value.shape[1:])
-        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", ARRAYS[name], shape)
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", CACHE_FILES[name], shape)
         if name == "labels":
             array[:] = source.labels
 

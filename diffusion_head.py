@@ -11,7 +11,8 @@ its samples. Read backbone.py next.
 Try: python -m pytest -q -k eq05
 
 M rows (tokens to predict), C = d_c channels, D width of z, W width of the head, T = 1000 timesteps.
-A process over n timesteps numbers them i = 0 .. n - 1. With all 1000, i is t.
+A process over n timesteps numbers them k = 0 .. n - 1. With all 1000, k is t. As in the paper, i is
+the position of a token.
 """
 import functools
 import math
@@ -89,20 +90,20 @@ def coefficients(n, device="cpu"):
     )
 
 
-def at(coefficient, i):
-    """The values of a coefficient at the indices i (...), shaped (..., 1) for tokens (..., C)."""
-    return coefficient[i][..., None]
+def at(coefficient, k):
+    """The values of a coefficient at the indices k (...), shaped (..., 1) for tokens (..., C)."""
+    return coefficient[k][..., None]
 
 
-def add_noise(x, noise, i, c):
+def add_noise(x, noise, k, c):
     """x^t = sqrt(abar_t) x + sqrt(1 - abar_t) noise, the noised token of Eq. (5).
 
     x, noise: (..., C)
-    i: (...) int, indices of the timesteps t
+    k: (...) int, indices of the timesteps t
     c: the coefficients of the process
     Returns (..., C).
     """
-    return at(c.sqrt_abar, i) * x + at(c.sqrt_1m_abar, i) * noise
+    return at(c.sqrt_abar, k) * x + at(c.sqrt_1m_abar, k) * noise
 
 
 def denoising_loss(noise, eps):
@@ -115,22 +116,22 @@ def denoising_loss(noise, eps):
     return (noise - eps).square().mean(-1)
 
 
-def model_distribution(x_t, eps, v, i, c, bound=None):
+def model_distribution(x_t, eps, v, k, c, bound=None):
     """The distribution p(x_{t-1} | x_t) that the head predicts.   [MAR]
 
     x_t, eps, v: (..., C); v goes from -1, the smallest log variance, to 1, the largest
-    i: int or (...) int, index of the timestep
+    k: int or (...) int, index of the timestep
     c: the coefficients of the process
     bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
         in x_0. A head trained for minutes has errors, so the preset tiny has a bound [ours].
     Returns its mean, its log variance, and the x_0 that eps stands for, each (..., C).
     """
-    x_0 = at(c.recip, i) * x_t - at(c.recip_m1, i) * eps
+    x_0 = at(c.recip, k) * x_t - at(c.recip_m1, k) * eps
     if bound is not None:
         x_0 = x_0.clamp(-bound, bound)
-    mean = at(c.mean_x0, i) * x_0 + at(c.mean_xt, i) * x_t
+    mean = at(c.mean_x0, k) * x_0 + at(c.mean_xt, k) * x_t
     w = (v + 1) / 2
-    log_variance = w * at(c.log_beta, i) + (1 - w) * at(c.log_var, i)
+    log_variance = w * at(c.log_beta, k) + (1 - w) * at(c.log_var, k)
     return mean, log_variance, x_0
 
 
@@ -139,20 +140,20 @@ def gaussian_cdf(x):
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
-def variational_term(x, x_t, eps, v, i, c):
+def variational_term(x, x_t, eps, v, k, c):
     """The term beside Eq. (5) that trains the variance, in bits.   [MAR]
 
-    For i > 0 it is KL(true posterior || model's). At i = 0 it is the negative log-likelihood of x
-    in a bin of half-width 1/255, which ADM, a model of pixels, has for 8-bit values. The mean of
+    For k > 0 it is KL(true posterior || model's). At k = 0 it is the negative log-likelihood of x
+    in a bin of half-width 1/255. MAR has kept this from ADM, a model of 8-bit pixels. The mean of
     the channels is taken. eps gets no gradient from it.
 
     x, x_t, eps, v: (..., C)
-    i: (...) int, indices of timesteps
+    k: (...) int, indices of timesteps
     Returns (...).
     """
-    mean, log_variance, _ = model_distribution(x_t, eps.detach(), v, i, c)
-    true_mean = at(c.mean_x0, i) * x + at(c.mean_xt, i) * x_t
-    true_log_variance = at(c.log_var, i)
+    mean, log_variance, _ = model_distribution(x_t, eps.detach(), v, k, c)
+    true_mean = at(c.mean_x0, k) * x + at(c.mean_xt, k) * x_t
+    true_log_variance = at(c.log_var, k)
     kl = 0.5 * (
         log_variance - true_log_variance - 1
         + (true_log_variance - log_variance).exp()
@@ -166,7 +167,7 @@ def variational_term(x, x_t, eps, v, i, c):
     probability = torch.where(x > 0.999, 1 - lower, upper - lower)
     probability = torch.where(x < -0.999, upper, probability)
     nll = -probability.clamp(min=1e-12).log()
-    return torch.where(i[..., None] == 0, nll, kl).mean(-1) / math.log(2)
+    return torch.where(k[..., None] == 0, nll, kl).mean(-1) / math.log(2)
 
 
 # The network
@@ -282,7 +283,7 @@ class DiffusionHead(nn.Module):
         noise: (R, M, C)
         Returns (R, M).
         """
-        c = coefficients(T, x.device)                                # all T steps: index i is t
+        c = coefficients(T, x.device)                                # all T steps: k is t
         x_t = add_noise(x, noise, t, c)                              # (R, M, C)
         eps, v = self.net(x_t, t, z)
         return denoising_loss(noise, eps) + variational_term(x, x_t, eps, v, t, c)
@@ -311,13 +312,13 @@ class DiffusionHead(nn.Module):
         c = coefficients(steps, z.device)
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
-        for i in reversed(range(steps)):
-            # The first step, at t = 999, multiplies an error of eps by 316 (of 100 steps) or more
-            # in the next x, so it is computed in fp32. The others multiply it by far less.   [ours]
-            first = i == steps - 1
+        for k in reversed(range(steps)):
+            # In the first step, at t = 999, an error of eps is multiplied by 316 (of 100 steps; by
+            # more if there are fewer) in the next x. It is computed in fp32.   [ours]
+            first = k == steps - 1
             with fp32 if first else nullcontext():
-                eps, v = self.guided(x, c.t[i], z, z_uncond, scale)
-            x, log_variance, _ = model_distribution(x, eps, v, i, c, bound)
-            if i > 0:
-                x = x + (0.5 * log_variance).exp() * noise[steps - i] * temperature
+                eps, v = self.guided(x, c.t[k], z, z_uncond, scale)
+            x, log_variance, _ = model_distribution(x, eps, v, k, c, bound)
+            if k > 0:
+                x = x + (0.5 * log_variance).exp() * noise[steps - k] * temperature
         return x

@@ -310,7 +310,6 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("pictures", metavar="A", help="a run, a folder of pictures, an npz file with "
                    "pictures (arr_0) or with mu and sigma, or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its "
@@ -329,7 +328,6 @@ def parse(argv=None):
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
     p.add_argument("--json", metavar="FILE.json", help="write the report there (None: print it)")
-    p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     return train.parse_flags(p, argv)
 
 

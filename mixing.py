@@ -78,6 +78,8 @@ def sample_mask(order, ratio):
 def pad(x_d, d_c):
     """x_d with zeros appended to d_c channels: the "padded discrete tokens" of section 4.2.
 
+    The paper pads their embeddings from the codebook. MaskBit's codebook holds the bits themselves.
+
     x_d: (B, N, d_d)
     Returns (B, N, d_c). ValueError if d_d > d_c, since Eq. (9) needs room for every bit.
     """
@@ -90,7 +92,7 @@ def pad(x_d, d_c):
 def dc_mix(x_c, x_d, m):
     """Eq. (9): x~^i = x_d^i where m^i = 1, x_c^i where m^i = 0.   [paper 3.3]
 
-    x_c, x_d: (B, N, d_c), x_d padded by `pad`
+    x_c, x_d: (B, N, d_c), x_c normalised, x_d padded by `pad`
     m: (B, N) bool
     Returns x~ (B, N, d_c). ValueError on any other shapes.
     """
@@ -101,7 +103,7 @@ def dc_mix(x_c, x_d, m):
 def mask_discrete(x_d, m):
     """Eq. (10): x'_d^i = t_m where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    The mask token t_m has all bits 0.   [MaskBit]
+    The mask token t_m has all bits 0.   [MaskBit] The paper prints x_d^{i*} for x'_d^i.   [erratum]
 
     x_d: (B, N, d_d) bits in {-1, +1}
     m: (B, N) bool
@@ -124,16 +126,17 @@ def sample_codes(logits, u):
 
 
 def predict_masked(g_M, x_d, m, y, u):
-    """Eqs. (10) and (11): x^_d = g_M(x'_d) where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
+    """Eqs. (10) and (11): x_hat = g_M(x'_d) where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    The prediction is sampled, in one forward pass and without gradient.   [ours]
+    The prediction is sampled, in one forward pass and without gradient. g_M sees the class, too.
+    [ours]
 
     g_M: maps x'_d (B, N, d_d) and y to logits (B, N, S, 2^e)
     x_d: (B, N, d_d) bits in {-1, +1}
     m: (B, N) bool
     y: (B,) int, the classes
     u: (B, N, S) uniform in [0, 1)
-    Returns x^_d (B, N, d_d).
+    Returns x_hat (B, N, d_d).
     """
     with torch.no_grad():
         logits = g_M(mask_discrete(x_d, m), y)                       # (B, N, S, 2^e)
@@ -143,7 +146,7 @@ def predict_masked(g_M, x_d, m, y, u):
 
 
 def ti_mix(x_d, x_hat, m, rho, lam):
-    """Eq. (12): where m^i = 1, x_d^i if rho^i < lambda and x^_d^i otherwise; x_d^i where m^i = 0.
+    """Eq. (12): where m^i = 1, x_d^i if rho^i < lambda, else x_hat^i; where m^i = 0, x_d^i.
 
     The paper prints x~_d on both sides of the first case. It is x_d (Fig. 5).   [erratum]
 
@@ -154,8 +157,7 @@ def ti_mix(x_d, x_hat, m, rho, lam):
     Returns x~_d (B, N, d_d). ValueError on any other shapes or lambda.
     """
     check_mask(m, x_d, x_hat)
-    # rho must be (B, N), too
-    check_mask(m, rho[..., None])
+    check_mask(m, rho[..., None])                                    # rho must be (B, N), too
     if not 0 <= lam <= 1:
         raise ValueError(f"lambda must lie in [0, 1], got {lam}")
     generated = m & (rho >= lam)

@@ -28,18 +28,19 @@ import output
 import tokenizers
 import train
 
-# The settings of a run's samples. tiny [ours] was chosen on validation pictures.
+# The settings of a run's samples. tiny [ours] was chosen on validation pictures, small is a guess.
 # The others are [MAR]'s, and for the prior those of the 14-bit generator [MaskBit]. Guidance:
 #     MixAR  eps = eps_u + cfg (eps_c - eps_u)        cfg = 1 is no guidance
 #     prior  l = l_c + prior_cfg (l_c - l_u)          prior_cfg = 0 is no guidance
 TINY_SAMPLING = dict(
     ar_steps=8, diffusion_steps=10, cfg=2.5, cfg_schedule="linear", temperature=0.5, bound=5.0,
     prior_steps=16, prior_cfg=1.0, prior_power=1.0, prior_temperature=1.5)
+SMALL_SAMPLING = TINY_SAMPLING | dict(ar_steps=32, diffusion_steps=25, prior_steps=32)
 LARGE_SAMPLING = dict(
     ar_steps=256, diffusion_steps=100, cfg=2.9, cfg_schedule="linear", temperature=1.0, bound=None,
     prior_steps=64, prior_cfg=7.1, prior_power=3.0, prior_temperature=7.8)
-SAMPLING = dict(tiny=TINY_SAMPLING, base=LARGE_SAMPLING, large=LARGE_SAMPLING | dict(cfg=3.0),
-                huge=LARGE_SAMPLING | dict(cfg=3.2))
+SAMPLING = dict(tiny=TINY_SAMPLING, small=SMALL_SAMPLING, base=LARGE_SAMPLING,
+                large=LARGE_SAMPLING | dict(cfg=3.0), huge=LARGE_SAMPLING | dict(cfg=3.2))
 
 
 def image_rng(seed, indices, stream, device="cpu"):
@@ -91,7 +92,7 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
     choose: choose(logits (B, N, S, 2^e)) samples codes (B, N, S)
     gumbel: gumbel() gives Gumbel noise (B, N, S)
     cfg, power: the guidance scale, see prior_cfg_at
-    temperature: factor of the Gumbel noise in the first step; it falls to 0
+    temperature: factor of the Gumbel noise, times a share that falls linearly to 0
     Returns bits (B, N, S e) in {-1, +1}.
     """
     e = prior.bits // prior.splits
@@ -160,13 +161,11 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     never = ~always
     n_hidden = N
     for s in range(ar_steps):
-        n_left = hidden_after(s, ar_steps, N, n_hidden)
-        # The scale takes n_left as it is before the last step sets it to 0, as in MAR. So it never
-        # quite reaches cfg.
-        share = (N - n_left) / N if schedule == "linear" else 1
+        n_after = hidden_after(s, ar_steps, N, n_hidden)
+        # as in MAR, n_after is 1 or more here, even in the last step: the scale stays below cfg
+        share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        if s == ar_steps - 1:
-            n_left = 0
+        n_left = n_after if s < ar_steps - 1 else 0
         m = mixing.hide(order, n_hidden)
         now = m & ~mixing.hide(order, n_left)                                # this step's tokens
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
@@ -209,7 +208,7 @@ class System:
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
-        # for speed: autocast keeps its bf16 copies only of weights that require a gradient
+        # No gradient is taken, but autocast keeps its bf16 copy only of weights that require one.
         self.model = model.to(self.device).requires_grad_(True)
         with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(saved["step"])
@@ -320,7 +319,7 @@ class System:
         """The images `indices` with the classes y (B,) -> uint8 (B, 3, H, W).
 
         decode: "continuous" for MixAR's pictures, "discrete" for X_d alone, decoded
-        x_d: (B, N, d_d), used instead of the prior's, whose time adds to `prior_seconds`
+        x_d: (B, N, d_d); None lets the prior draw it and adds its time to `prior_seconds`
         """
         # plain MAR does without X_d
         if x_d is None and (decode == "discrete" or self.model.guidance != "none"):
@@ -360,7 +359,6 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=train.within(1, kind=int), metavar="N")
     scale = dict(type=train.within(0), metavar="X")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
     p.add_argument("--out", help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")
@@ -371,7 +369,6 @@ def parse(argv=None):
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
                    help="discrete: X_d alone, through the bit tokenizer")
     p.add_argument("--batch-size", **count, default=80, help="images at once in each process")
-    p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     p.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"], help="precision")
     g = p.add_argument_group("other files and settings (None: the run's)")
     g.add_argument("--vae", metavar="FILE", help="KL-16, which an official MAR needs")

@@ -61,8 +61,8 @@ def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    # Until the pictures are read, the unreadable ones are those that an earlier run has named. So a
-    # stage that is done does not read them.
+    # Until the pictures are read, the unreadable ones are taken to be those of the earlier run.
+    # So a stage that is done need not read any.
     stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
@@ -70,7 +70,7 @@ def train_tokenizer(args, shared, kind, source):
         made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
         loss=vae_loss if kind == "vae" else vq_loss,
     )
-    # a stage that is done but has no picture goes through `fit`, which then only draws it
+    # a stage that is done but has no figure goes through `fit`, which then only draws that
     if figure.is_file() and is_done(args, stage):
         return
     pixels, _ = dataset.read_all(source)
@@ -152,7 +152,7 @@ def train_mixar(args, shared, run, tokens):
         kind="mixar",
         folder=run,
         config=config | backbone.PRESETS[args.preset]["mar"],
-        # With or without --init may not change. Another --init is only mentioned, by read_stage.
+        # Whether --init is given may not change. Another --init is only mentioned, by read_stage.
         made_from=dict(tokens=tokens.made_from, ti_mix=args.ti_mix, init=args.init is not None),
         loss=partial(train.mixar_loss, prior=prior.to(args.device), args=args),
         n=tokens.n,

@@ -37,7 +37,7 @@ from diffusion_head import T
 LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers in so many steps
+SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for this many steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
@@ -50,11 +50,18 @@ TINY_RECIPE = dict(
                decay=0.045),
     mixar=dict(steps=1000, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
+# For one GPU and an evening: tiny's, longer, in larger batches and at a fifth of the rate. It was
+# tried for a few steps only.                                                    [ours]
+SMALL_RECIPE = {
+    kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
+                        lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
+    for kind, recipe in TINY_RECIPE.items()}
 # 400 epochs of ImageNet, 625 steps each [MAR]; the warm-up is [ours]. Other models come as files.
 LARGE_RECIPE = dict(
     mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
                betas=(0.9, 0.95), decay=0.02, draws=4))
-RECIPES = dict(tiny=TINY_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE, huge=LARGE_RECIPE)
+RECIPES = dict(tiny=TINY_RECIPE, small=SMALL_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE,
+               huge=LARGE_RECIPE)
 
 
 def mixar_loss(model, batch, rng, step, prior, args):
@@ -73,13 +80,14 @@ def mixar_loss(model, batch, rng, step, prior, args):
     ratio = mixing.mask_ratio(float(rng.shared(torch.rand, 1)))
     m = mixing.sample_mask(rng(torch.rand, N).argsort(1), ratio)             # Eq. (8)
     drop = rng(torch.rand) < LABEL_DROP
-    # Eq. (12) before Eq. (9), which mixes its x~_d; Fig. 3 has them the other way round
+    # Eq. (12) comes first, so that Eq. (9) mixes x~_d. Fig. 3 has them the other way round.
     if args.ti_mix:
         u = rng(torch.rand, N, prior.splits)
         x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
         x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
+    # the model reads x where it is masked only for dcmix, and x_d only for dcsa and dcca
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
     n_masked = int(m[0].sum())                                               # N'
@@ -89,7 +97,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...). z[m], too, has the masked tokens image by image."""
+    """(B, R, N', ...) -> (R, B N', ...). Row k is then for row k of z[m], image after image."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -97,7 +105,7 @@ def training_mask(u_ratio, u_code):
     """Eq. (3)'s mask (B, N, S): a code is hidden with probability acos(u) / (pi / 2).   [MaskBit]
 
     u_ratio: (B,) uniform, the u of each image
-    u_code: (B, N, S) uniform; the codes of a token are hidden one by one
+    u_code: (B, N, S) uniform; codes are hidden independently, where the paper hides tokens
     """
     probability = torch.acos(u_ratio) / (math.pi / 2)
     return u_code < probability[:, None, None]
@@ -142,8 +150,8 @@ class Rng:
     """The random numbers of a step, but for dropout: a function of (seed, step).
 
     rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and keeps the
-    rows of this process, or those of part `part` of `parts` (--accumulate). So the number of
-    processes changes nothing. rng.shared(f, *shape) gives the same numbers to all.
+    rows of this process, or those of part `part` of `parts` (--accumulate). So they do not depend
+    on the number of processes. rng.shared(f, *shape) gives the same numbers to all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -192,7 +200,7 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 def learning_rate(recipe, step, before=0):
     """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit].
 
-    before: steps of the run of --init, else 0. After --init an annealed rate stays at 10 %.
+    before: steps of the runs behind --init, else 0. After these an annealed rate stays at 10 %.
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -247,8 +255,8 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # A run of 1000 steps was stopped at 800, say, and this command is for 600. Nothing was
-            # trained, but saving notes the new length, by which the run is `finished`.
+            # last.pt has made 800 of 1000 steps, say, and this command is for 600. Saved again, it
+            # has made 800 of 600, so it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -271,8 +279,8 @@ def train_steps(args, stage, state):
     received = finish_step_on_signal()
     failed = 0
     while state.step < steps:
-        # With --init, data order, random numbers, rate and average go on where the other run ended:
-        # they take total_step. Length, log and lambda take state.step, which starts at 0.
+        # With --init RUN, data order, random numbers, rate and average go on where RUN ended: they
+        # take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
         lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
@@ -378,7 +386,7 @@ def process_group():
     """Inside, the processes that torchrun started are one group."""
     if dist.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # one process may draw pictures for hours while the others wait
+        # one process may sample pictures for hours while the others wait
         dist.init_process_group(backend, timeout=timedelta(days=1))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -409,7 +417,9 @@ def within(low, high=math.inf, kind=float):
 
 
 def parse_flags(p, argv):
-    """p.parse_args, which an empty name ends: it would stand for the current folder."""
+    """Parse the flags of p, and --device. No name may be empty: it would mean this folder."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     args = p.parse_args(argv)
     for flag, value in vars(args).items():
         if value == "":
@@ -421,7 +431,6 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=within(1, kind=int), metavar="N")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="shapes", help="shapes or a folder of pictures")
@@ -452,7 +461,6 @@ def parse(argv=None):
     g.add_argument("--out", help="the MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
     g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
                    help="of initial weights, data order, masks and noise")
-    g.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"],
                    help="precision; auto is bf16 where the device computes in it")
     g.add_argument("--accumulate", **count, default=1, help="take the batch in N parts (not vq's)")

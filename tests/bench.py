@@ -1,4 +1,4 @@
-"""How long the large models take, in seconds and in units that make machines comparable.
+"""How long the models take, in seconds and in units that make machines comparable.
 
 One unit is the time of one matrix product, 4096 x 1024 by 1024 x 4096, in the same precision.
 Machines differ and drift. The ratio to a product that is timed just before and after does so less.
@@ -6,7 +6,7 @@ Machines differ and drift. The ratio to a product that is timed just before and 
 counter. Each figure is the fastest of a few repetitions. The weights are random: the time does not
 depend on them.
 
-Reads backbone.py, train.py, sample.py and fid.py; docs/imagenet.md shows its table.
+Reads the models, train.py, stages.py, sample.py and features.py; docs/imagenet.md shows its tables.
 
 Try: python tests/bench.py             (everything, some minutes on 2 cores)
      python tests/bench.py train maskbit
@@ -30,6 +30,7 @@ import checkpoint
 import features
 import mixing
 import sample
+import stages
 import train
 
 CPU = torch.device("cpu")
@@ -71,19 +72,20 @@ def count_flops(run):
     return counter.get_total_flops()
 
 
-def report(name, run, amp, B, repetitions):
-    """Time run(amp, B) and print its row.
+def report(name, run, amp, B, repetitions, counted=1):
+    """Time run(amp, B) and print its row. Returns its seconds, and those of its floor.
 
-    The operations are counted for one image, and always in bf16: the counter does not know the
-    fused attention that a CPU takes in fp32.
+    The operations are counted for `counted` images, and always in bf16: the counter does not know
+    the fused attention that a CPU takes in fp32.
     """
-    floor = B * count_flops(lambda: run("bf16", 1)) / UNIT_FLOPS
+    floor = B / counted * count_flops(lambda: run("bf16", counted)) / UNIT_FLOPS
     before = unit(amp)
     seconds = fastest(lambda: run(amp, B), repetitions)
     product = (before + unit(amp)) / 2
     units = seconds / product
-    row = f"{name:34} {amp} batch {B:2}  {seconds:8.3f} s  {units:7.0f} units  floor {floor:5.0f}"
+    row = f"{name:34} {amp} batch {B:2}  {seconds:8.3f} s  {units:8.1f} units  floor {floor:6.1f}"
     print(f"{row}  (1 unit = {product * 1000:.2f} ms)", flush=True)
+    return seconds, floor * product
 
 
 # what is measured
@@ -174,7 +176,49 @@ def bench_inception():
     report("Inception features", features, "fp32", 16, 2)
 
 
+def bench_tiny():
+    """A step of each stage of the default run, with its optimiser, and all its steps together.
+
+    Reading and caching the pictures, previews and checkpoints are left out.
+    """
+    args = train.parse([])
+    with train.autocast("auto", CPU):
+        amp = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+    sizes = backbone.PRESETS["tiny"]
+    of_prior = dict(N=64, bits=8, classes=10)
+    models = dict(
+        vae=(sizes["vae"], stages.vae_loss),
+        vq=(sizes["vq"], stages.vq_loss),
+        prior=(sizes["prior"] | of_prior, train.prior_loss),
+        mixar=(sizes["mar"] | dict(N=64, d_c=8, d_d=8, classes=10),
+               partial(train.mixar_loss, prior=None, args=args)),
+    )
+    seconds = 0.0
+    floor = 0.0
+    for kind, (config, loss) in models.items():
+        recipe = args.recipe[kind]
+        state = checkpoint.State(args, checkpoint.Stage(kind, Path(), config, {}, loss))
+        module = train.Loss(state.model.train(), loss)
+
+        def step(amp, B):
+            args.amp = amp
+            pictures = torch.rand(B, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+            tokens = (torch.randn(B, 64, 8), torch.ones(B, 64, 8), torch.ones(B, 64, 8),
+                      torch.arange(B) % 10)
+            batch = (pictures,) if kind in ("vae", "vq") else tokens
+            rng = train.Rng(0, 0, B, CPU)
+            with mock.patch.object(mixing, "mask_ratio", return_value=MASK_RATIO):
+                train.update(args, module, state, [(batch, rng)])
+
+        B = recipe["batch"]
+        of_step, floor_of_step = report(f"tiny, step of {kind}", step, amp, B, 20, counted=B)
+        seconds += recipe["steps"] * of_step
+        floor += recipe["steps"] * floor_of_step
+    print(f"all steps of the default run: {seconds:.0f} s, floor {floor:.0f} s")
+
+
 BENCHES = dict(
+    tiny=bench_tiny,
     train=bench_train,
     generate=bench_generate,
     maskbit=bench_maskbit,

@@ -38,7 +38,7 @@ MISTAKES = [
     (4, "math.acos(done) / (math.pi / 2)", "1 - done"),
     (4, "score = score.masked_fill(known, math.inf)", "pass"),
     (5, "(noise - eps).square().mean(-1)", "(noise - eps).square().sum(-1)"),
-    (5, "at(c.sqrt_abar, i) * x +", "x +"),
+    (5, "at(c.sqrt_abar, k) * x +", "x +"),
     (6, "(s + 1) / steps", "s / steps"),
     (6, "math.cos(math.pi / 2 * (s", "math.sin(math.pi / 2 * (s"),
     (7, "mean + std * noise", "mean + std.square() * noise"),

@@ -458,7 +458,7 @@ def test_eq06_presets_have_the_papers_sizes(preset, guidance, millions, paper):
     assert abs(count - paper) < max(0.5, 0.002 * paper)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "base", "large", "huge"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "base", "large", "huge"])
 def test_eq06_dcmix_adds_no_parameters(preset):
     """Section 3.3: DC-Mix is MAR with x_d in the place of the mask token.
 

@@ -955,6 +955,19 @@ def test_larger_presets_follow_mars_recipe(preset):
     assert train.learning_rate(recipe, 999) == pytest.approx(8e-4)
 
 
+def test_the_preset_small_trains_all_four_models():
+    """At its own rates: base's rate is scaled by the batch, and base trains MixAR alone."""
+    recipes = train.parse(["--preset", "small", "--batch-size", "32"]).recipe
+    assert list(recipes) == ["vae", "vq", "prior", "mixar"]
+    assert recipes["mixar"]["lr"] == train.SMALL_RECIPE["mixar"]["lr"]
+    assert sample.SAMPLING["small"].keys() == sample.SAMPLING["tiny"].keys()
+    sizes = backbone.PRESETS["small"]
+    assert sizes["size"] // 2 ** (len(sizes["vae"]["mult"]) - 1) == 16
+    with torch.device("meta"):
+        model = backbone.MAR(16 * 16, sizes["vae"]["z"], sizes["vq"]["bits"], 10, **sizes["mar"])
+    assert 20e6 < sum(p.numel() for p in model.parameters()) < 30e6
+
+
 def test_flags_win_over_the_recipe():
     def recipe(*flags):
         return train.parse(flags).recipe["mixar"]
