@@ -161,7 +161,6 @@ class Folder:
                       for path in self.files]
 
     def read(self, i):
-        # A damaged picture can fail in any way.
         try:
             image = center_crop(read_rgb(self.files[i]), self.size)
         except Exception as error:
@@ -422,9 +421,8 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     # more at once take more memory, and more time
     fill_cache(arrays, source, vae, vq, device, batch or max(2 ** 15 // source.size ** 2, 8))
     mean, std = statistics(arrays["moments"], np.flatnonzero(arrays["status"] == 1))
-    bits = vq.quantize.codebook.shape[1]
     meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,
-                 mean=mean, std=std, bits=bits)
+                 mean=mean, std=std, bits=vq.quantize.codebook.shape[1])
     disk.write_json(folder / "meta.json", meta)
 
 
@@ -496,5 +494,7 @@ class Tokens:
         mean = (mean - self.mean) / self.std                         # (B, N, d_c)
         std = (0.5 * logvar).exp() / self.std
         codes = torch.tensor(self.indices[rows, view]).flatten(1)    # (B, N)
+        if not moments.isfinite().all() or (codes >> self.bits).any():
+            raise SystemExit("the token cache is damaged; remove its folder to make it again")
         x_d = tokenizers.codes_to_bits(codes[..., None], self.bits)             # (B, N, d_d)
         return mean, std, x_d, torch.tensor(self.labels[pictures])

@@ -32,6 +32,9 @@ def reading(path, what):
         reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"missing {reason}"
+        # numpy and torch speak of pickles and of their own readers
+        if "allow_pickle" in reason or "PytorchStreamReader" in reason:
+            reason = "it is damaged, cut off or of another kind"
         raise SystemExit(f"{path}: not a {what}: {reason}") from None
 
 
@@ -107,7 +110,7 @@ def write_json(path, value):
 
 def read_json(path):
     """The dict that write_json wrote, or {} if there is no such file."""
-    with reading(path, "readable note; remove it"):
+    with reading(path, "readable note; remove it, or choose another folder"):
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 

@@ -53,7 +53,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T           # S1^(1/2)
     trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
+    return max(float(distance), 0.0)
 
 
 def inception_score(logits, splits=10, shuffle=2020):
@@ -132,6 +133,7 @@ class PictureSet:
     kind: "run", "npz" (pictures), "statistics" (mu and sigma), "data" or "folder".
     run: the sample.System of a run, else None.
     data: the data set, or that of the run, else None.
+    pictures: of an npz file, uint8 (n, 3, H, W).
     """
 
     def __init__(self, what, device):
@@ -141,11 +143,18 @@ class PictureSet:
         self.data = what if self.kind == "data" else None
         if self.run:
             self.data = self.run.meta["data"]
+        if self.kind == "npz":
+            pictures = read_npz(what, "arr_0").get("arr_0", np.zeros(0))
+            if pictures.shape[3:] != (3,) or pictures.dtype != np.uint8 or pictures.size == 0:
+                raise SystemExit(f"{what}: expected an npz file with arr_0, uint8 (n, H, W, 3), or "
+                                 f"mu and sigma; arr_0 is {pictures.dtype} {pictures.shape}")
+            self.pictures = pictures.transpose(0, 3, 1, 2)
 
     def find_kind(self, path):
         if path.suffix == ".npz" and path.is_file():
             return "statistics" if read_npz(path, "mu") else "npz"
-        if path.is_file() or (path / "last.pt").is_file():
+        # a run without last.pt is refused, its grids are not measured
+        if path.is_file() or any((path / name).exists() for name in ("last.pt", "log.csv")):
             return "run"
         if self.what == "shapes":
             return "data"
@@ -174,12 +183,7 @@ class PictureSet:
 
             return count, read, note
         if self.kind == "npz":
-            pictures = read_npz(self.what, "arr_0").get("arr_0")
-            is_rgb = pictures is not None and pictures.shape[3:] == (3,) and pictures.size > 0
-            if not is_rgb or pictures.dtype != np.uint8:
-                raise SystemExit(f"{self.what}: expected an npz file with arr_0, uint8 (n, H, W, "
-                                 "3), or mu and sigma")
-            pictures = pictures[:count].transpose(0, 3, 1, 2)
+            pictures = self.pictures[:count]
             return len(pictures), lambda numbers: pictures[numbers], note
         source = dataset.open_source(self.what, "test", size, count)
         counts = np.bincount(source.labels, minlength=len(source.classes))
@@ -219,10 +223,10 @@ def load_statistics(path, extractor):
     with disk.reading(path, "file of statistics"):
         mu = saved["mu"]
         sigma = saved["sigma"]
-        finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
-        if not finite or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
+        numbers = np.isfinite(mu).all() and np.isfinite(sigma).all() and np.isrealobj(mu)
+        if not numbers or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
             raise ValueError("mu or sigma is not finite, or sigma is not a covariance")
-        n = saved["n"].item() if "n" in saved else "not recorded"
+        n = int(saved["n"]) if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"
     if name not in (extractor.name, "not recorded"):
         raise SystemExit(f"{path} holds features of {name}, not of {extractor.name}")
@@ -277,6 +281,9 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     rows = np.concatenate(rows).astype(np.float64)                   # (n, d)
     n, d = rows.shape
     # unreadable ones are known only now
+    if skipped:
+        print(f"{note['source']}: skipped {len(skipped)} unreadable pictures:", *skipped,
+              sep="\n  ")
     check_enough(n, d, note["source"], args.force)
     note |= dict(count=n, skipped=skipped, seconds=round(time.time() - start, 2))
     if n >= 10:
@@ -335,10 +342,6 @@ def write_report(measured, reference, extractor, args, start):
     """Compare what was measured with the reference, if any, and write all files of the command."""
     results = [compare(one, reference) if reference else one["note"] for one in measured]
     about_b = reference["note"] if reference else None
-    for note in [about_b or {}, *results]:
-        if note.get("skipped"):
-            print(f"{note['source']}: skipped {len(note['skipped'])} unreadable pictures:",
-                  *note["skipped"], sep="\n  ")
     for result in results:
         print_result(result, extractor.metric, extractor.score)
     if args.save_stats:
@@ -357,13 +360,17 @@ def write_report(measured, reference, extractor, args, start):
 def check_writable(file, suffix, inputs):
     """SystemExit, before anything is measured, if a file could not or should not be written.
 
-    suffix: how its name must end, so that no run or picture is written over
+    suffix: how its name must end. A file of that name must be an earlier report or statistics.
     inputs: the other files that the command names
     """
     path = Path(file)
     named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
     if path.suffix != suffix or path.is_dir() or named_twice:
         raise SystemExit(f"{file}: name a {suffix} file to write that is not what is measured")
+    earlier = suffix == ".npz" and path.exists() and read_npz(path, "mu")
+    earlier = earlier or (suffix == ".json" and "metric" in disk.read_json(path))
+    if path.exists() and not earlier:
+        raise SystemExit(f"{file} is there and not of this program; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 

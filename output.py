@@ -129,10 +129,12 @@ def begin_folder(folder, system, args):
     note = folder / "settings.json"
     not_compared = ("out", "count", "batch_size", "device", "amp")
     settings = {name: value for name, value in vars(args).items() if name not in not_compared}
-    settings |= system.settings | dict(step=system.step, saved=system.path.stat().st_mtime)
+    settings |= system.settings | dict(step=system.step, weights=disk.fingerprint(system.model))
     pictures = list(folder.glob("*.png"))
     if pictures:
-        disk.check_same(folder, disk.read_json(note), settings)
+        earlier = disk.read_json(note)
+        disk.check_equal(note, "as its run", earlier.get("run"), settings["run"])
+        disk.check_same(folder, earlier, settings)
     disk.write_json(note, settings)
     more = len(pictures) - args.count
     if more > 0:

@@ -1,8 +1,7 @@
 """Training: one loop for the four models. `mixar_loss` is the paper's Fig. 3 (left).
 
 Here are the losses of MixAR and the prior, the loop (`fit`, `train_steps`), torch.distributed, AMP
-and the flags. stages.py says what each model is trained on; checkpoint.py has Stage and State of a
-model in training. The command of a stopped run continues it.
+and the flags. stages.py says what each model is trained on; checkpoint.py has Stage and State.
 
 Reads disk, tokenizers, mixing, diffusion_head, backbone and checkpoint.py, writes runs/. Feeds
 stages, sample, output, features and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
@@ -50,8 +49,7 @@ TINY_RECIPE = dict(
                decay=0.045),
     mixar=dict(steps=1000, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
                decay=0.02, draws=1))
-# For one GPU and an evening: tiny's, longer, in larger batches and at a fifth of the rate. It was
-# tried for a few steps only.                                                    [ours]
+# For one GPU and an evening. It was tried for a few steps only.                 [ours]
 SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
@@ -232,7 +230,6 @@ def update(args, loss_module, state, batches, asked_to_stop=False):
         total += loss.detach()
     norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), CLIP))
     asked = torch.tensor(float(asked_to_stop), device=device)
-    # one exchange for both
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
         state.optimizer.step()
@@ -309,7 +306,6 @@ def train_steps(args, stage, state):
         if stopping:
             end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
             say(f"\n{kind}: stopped by a signal at step {state.step}, {end}")
-            # without a signal here, another process has received one
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
 
@@ -328,8 +324,12 @@ def say(text):
 
 
 def barrier():
+    """Wait for all processes. If one has ended, it has said why, and this one ends, too."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise SystemExit(1) from None
 
 
 def mean_over_ranks(q):
@@ -348,7 +348,7 @@ def end_at_once_on_signal(received=()):
     """
     def stop(number, frame):
         if world()[0] == 0:
-            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+            print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     for number in SIGNALS:

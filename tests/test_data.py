@@ -454,6 +454,16 @@ def test_other_pictures_in_a_folder_are_another_source(folder):
     assert before["pictures"] == after["pictures"] and before["names"] != after["names"]
 
 
+@pytest.mark.parametrize("name, value", [("indices", -5), ("indices", 256), ("moments", np.nan)])
+def test_values_of_a_cache_that_cannot_be_are_refused(tmp_path, name, value):
+    vae, vq = tiny_tokenizers()
+    dataset.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")
+    np.load(tmp_path / f"{name}.npy", mmap_mode="r+")[:] = value
+    tokens = dataset.Tokens(tmp_path)
+    with pytest.raises(SystemExit, match="token cache is damaged"):
+        tokens.batch(np.arange(4), lambda f, *shape: f(4, *shape))
+
+
 def test_images_of_another_source_are_refused(tmp_path):
     vae, vq = tiny_tokenizers()
     dataset.cache_tokens(tmp_path, shapes(10), vae, vq, "cpu")

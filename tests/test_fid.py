@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import json
+import shutil
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
@@ -777,6 +778,42 @@ def test_a_classifier_needs_two_classes(tmp_path):
     write_pngs(blobs(20), tmp_path / "one" / "only")
     with pytest.raises(SystemExit, match="one has one class.*--features"):
         features.train_classifier(tmp_path / "c.pt", str(tmp_path / "one"), SIZE, "cpu")
+
+
+def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
+    """A token cache's note and pictures have the right endings, but are not this program's."""
+    note = runs / "shapes" / "tokens" / "meta.json"
+    np.savez(tmp_path / "mine.npz", arr_0=blobs(3))
+    (tmp_path / "report.json").write_text('{"metric": "FID"}')
+    for flag, path in (("--json", note), ("--save-stats", tmp_path / "mine.npz")):
+        before = path.read_bytes()
+        with pytest.raises(SystemExit, match="is there and not of this program"):
+            fid.main([str(world / "samples.npz"), flag, str(path)])
+        assert path.read_bytes() == before
+    fid.check_writable(tmp_path / "report.json", ".json", [])
+
+
+def test_a_run_without_its_checkpoint_is_not_taken_for_pictures(runs, tmp_path):
+    run = shutil.copytree(runs / "shapes-dcmix", tmp_path / "run")
+    (run / "last.pt").unlink()
+    with pytest.raises(SystemExit, match="run/last.pt: no such file"):
+        fid.PictureSet(str(run), "cpu")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda saved: saved["config"].update(size=10 ** 6), "its pictures have the size 1000000"),
+    (lambda saved: saved["config"].update(size=32.5), "its pictures have the size 32.5"),
+    (lambda saved: saved["model"].update({"head.weight": saved["model"]["head.weight"].int()}),
+     "head.weight holds .* torch.int32"),
+    (lambda saved: saved["model"]["head.bias"].fill_(torch.nan), "head.bias holds values that are"),
+])
+def test_a_damaged_classifier_is_one_line(world, tmp_path, damage, words):
+    saved = torch.load(world / "features.pt", weights_only=True)
+    damage(saved)
+    torch.save(saved, tmp_path / "damaged.pt")
+    with pytest.raises(SystemExit, match=f"damaged.pt: not a .*{words}") as error:
+        features.load_extractor(tmp_path / "damaged.pt", "torch-fidelity", None, "cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_is_not_written_over_by_a_report(world, runs):

@@ -485,6 +485,19 @@ def test_an_npz_holds_the_pictures_of_the_folder(runs, tmp_path):
         assert (picture == read_png(tmp_path / "s", i)).all()
 
 
+def test_a_note_of_something_else_does_not_let_other_pictures_in(runs, tmp_path):
+    """A folder goes on only with the settings of its pictures. A copied checkpoint changes none."""
+    run = shutil.copytree(runs, tmp_path / "runs") / "shapes-dcmix"
+    out = tmp_path / "set"
+    sample.main([str(run), "--count", "1", "--out", str(out)])
+    (run / "last.pt").touch()
+    sample.main([str(run), "--count", "2", "--out", str(out)])
+    assert len(list(out.glob("*.png"))) == 2
+    (out / "settings.json").write_text("{}")
+    with pytest.raises(SystemExit, match="settings.json has None as its run"):
+        sample.main([str(run), "--count", "3", "--out", str(out)])
+
+
 def test_a_figure_is_a_grid_of_doubled_pictures_beside_their_names(tmp_path):
     """Two pictures of 32 x 32, one above the other: the grid begins at pixel (90, 20)."""
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

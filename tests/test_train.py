@@ -1149,6 +1149,17 @@ def test_a_checkpoint_without_a_field_is_one_line(runs, tmp_path, field):
         train.main(mixar(runs, run, "--steps", 3))
 
 
+def test_a_process_whose_partner_has_ended_ends_without_a_traceback(monkeypatch):
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", closed)
+    with pytest.raises(SystemExit) as error:
+        train.barrier()
+    assert error.value.code == 1
+
+
 def test_tensorboard_that_is_not_there_is_one_line(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SystemExit, match="pip install tensorboard"):
