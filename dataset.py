@@ -341,9 +341,9 @@ def describe(source, skipped):
 
 
 def read_all(source):
-    """All pictures that can be read, uint8 (n, 3, H, W), and their labels (n,)."""
+    """All pictures that can be read, uint8 (n, 3, H, W), and labels (n,). Threads read files."""
     n = len(source.labels)
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(None if isinstance(source, Folder) else 1) as threads:
         found = list(tqdm(threads.map(source.read, range(n)), "pictures", n, leave=False))
     bad = [i for i in range(n) if isinstance(found[i], str)]
     report_skipped(source, {i: found[i] for i in bad})
@@ -430,7 +430,7 @@ def fill_cache(arrays, source, vae, vq, device, batch):
     """Encode the pictures that are still to do, `batch` at once, into the arrays of a cache."""
     status = arrays["status"]
     reasons = {}
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(None if isinstance(source, Folder) else 1) as threads:
         for start in tqdm(range(0, len(status), batch), "tokens"):
             rows = start + np.flatnonzero(status[start:start + batch] != 1)
             pictures = dict(zip(rows, threads.map(source.read, rows)))

@@ -134,6 +134,7 @@ class PictureSet:
     run: the sample.System of a run, else None.
     data: the data set, or that of the run, else None.
     pictures: of an npz file, uint8 (n, 3, H, W).
+    classes: their names, in a run; those of a data set are known once it is open.
     """
 
     def __init__(self, what, device):
@@ -143,6 +144,7 @@ class PictureSet:
         self.data = what if self.kind == "data" else None
         if self.run:
             self.data = self.run.meta["data"]
+            self.classes = self.run.meta["classes"]
         if self.kind == "npz":
             pictures = read_npz(what, "arr_0").get("arr_0", np.zeros(0))
             if pictures.shape[3:] != (3,) or pictures.dtype != np.uint8 or pictures.size == 0:
@@ -186,6 +188,7 @@ class PictureSet:
             pictures = self.pictures[:count]
             return len(pictures), lambda numbers: pictures[numbers], note
         source = dataset.open_source(self.what, "test", size, count)
+        self.classes = source.classes
         counts = np.bincount(source.labels, minlength=len(source.classes))
         if counts.max() > 2 * counts.min():
             print(f"{self.what} has {counts.min()} to {counts.max()} pictures of a class; "
@@ -365,12 +368,12 @@ def check_writable(file, suffix, inputs):
     """
     path = Path(file)
     named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
-    if path.suffix != suffix or path.is_dir() or named_twice:
+    if path.suffix != suffix or named_twice:
         raise SystemExit(f"{file}: name a {suffix} file to write that is not what is measured")
-    earlier = suffix == ".npz" and path.exists() and read_npz(path, "mu")
-    earlier = earlier or (suffix == ".json" and "metric" in disk.read_json(path))
-    if path.exists() and not earlier:
-        raise SystemExit(f"{file} is there and not of this program; choose another name")
+    if path.exists():
+        ours = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
+        if not ours:
+            raise SystemExit(f"{file} is there and not of this program; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -389,6 +392,8 @@ def evaluate(args):
                          f"A is {args.pictures}, B {name}")
     extractor = open_extractor(args, a, b)
     reference = measure(b, None, extractor, args) if b else None
+    if a.run and b and b.kind == "data" and a.classes != b.classes:
+        print(f"{b.what} has other classes than {a.what}")
     measured = [measure(a, args.count, extractor, args)]
     if args.rfd:
         measured.append(measure(b, None, extractor, args, a.run, "vae"))
@@ -398,6 +403,8 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse(argv)
+    if torch.distributed.is_torchelastic_launched():
+        raise SystemExit("fid.py runs in one process: start it with python, not torchrun")
     with train.end_in_one_line():
         evaluate(args)
 

@@ -793,6 +793,13 @@ def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
     fid.check_writable(tmp_path / "report.json", ".json", [])
 
 
+def test_it_runs_in_one_process(monkeypatch):
+    """Two would measure everything twice, and write one report."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit, match="start it with python, not torchrun"):
+        fid.main(["shapes"])
+
+
 def test_a_run_without_its_checkpoint_is_not_taken_for_pictures(runs, tmp_path):
     run = shutil.copytree(runs / "shapes-dcmix", tmp_path / "run")
     (run / "last.pt").unlink()
