@@ -170,10 +170,10 @@ def bench_inception():
     """Features of 256 x 256 pictures."""
     model = features.Inception().eval()
 
-    def features(amp, B):
+    def run(amp, B):
         model(torch.randint(0, 256, (B, 3, 256, 256), dtype=torch.uint8))
 
-    report("Inception features", features, "fp32", 16, 2)
+    report("Inception features", run, "fp32", 16, 2)
 
 
 def bench_tiny():
