@@ -308,8 +308,6 @@ def load_extractor(path, resize, size, device):
     released = sha256.startswith(HASH)
     if "kind" in saved:
         with disk.reading(path, "classifier"):
-            if saved["config"]["size"] not in range(8, 1025):
-                raise ValueError(f"its pictures have the size {saved['config']['size']}")
             model = Classifier(**saved["config"])
             weights = saved["model"]
             disk.check_weights(model, weights)

@@ -338,6 +338,8 @@ def parse(argv=None):
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")
     p.add_argument("--json", metavar="FILE.json", help="write the report there (None: print it)")
+    if torch.distributed.is_torchelastic_launched():
+        p.error("this runs in one process: start it with python, not torchrun")
     return train.parse_flags(p, argv)
 
 
@@ -368,12 +370,12 @@ def check_writable(file, suffix, inputs):
     """
     path = Path(file)
     named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
-    if path.suffix != suffix or named_twice:
-        raise SystemExit(f"{file}: name a {suffix} file to write that is not what is measured")
-    if path.exists():
-        ours = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
-        if not ours:
-            raise SystemExit(f"{file} is there and not of this program; choose another name")
+    fits = path.suffix == suffix and not named_twice
+    if fits and path.exists():
+        fits = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
+    if not fits:
+        raise SystemExit(f"{file}: name a {suffix} file to write that is new or an earlier one of "
+                         "fid.py, and that is not what is measured")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -403,8 +405,6 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse(argv)
-    if torch.distributed.is_torchelastic_launched():
-        raise SystemExit("fid.py runs in one process: start it with python, not torchrun")
     with train.end_in_one_line():
         evaluate(args)
 

@@ -787,17 +787,18 @@ def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
     (tmp_path / "report.json").write_text('{"metric": "FID"}')
     for flag, path in (("--json", note), ("--save-stats", tmp_path / "mine.npz")):
         before = path.read_bytes()
-        with pytest.raises(SystemExit, match="is there and not of this program"):
+        with pytest.raises(SystemExit, match="new or an earlier one of fid.py"):
             fid.main([str(world / "samples.npz"), flag, str(path)])
         assert path.read_bytes() == before
     fid.check_writable(tmp_path / "report.json", ".json", [])
 
 
-def test_it_runs_in_one_process(monkeypatch):
+def test_it_runs_in_one_process(monkeypatch, capsys):
     """Two would measure everything twice, and write one report."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(SystemExit, match="start it with python, not torchrun"):
+    with pytest.raises(SystemExit):
         fid.main(["shapes"])
+    assert "start it with python, not torchrun" in capsys.readouterr().err
 
 
 def test_a_run_without_its_checkpoint_is_not_taken_for_pictures(runs, tmp_path):
@@ -808,8 +809,6 @@ def test_a_run_without_its_checkpoint_is_not_taken_for_pictures(runs, tmp_path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda saved: saved["config"].update(size=10 ** 6), "its pictures have the size 1000000"),
-    (lambda saved: saved["config"].update(size=32.5), "its pictures have the size 32.5"),
     (lambda saved: saved["model"].update({"head.weight": saved["model"]["head.weight"].int()}),
      "head.weight holds .* torch.int32"),
     (lambda saved: saved["model"]["head.bias"].fill_(torch.nan), "head.bias holds values that are"),
