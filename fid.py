@@ -374,8 +374,8 @@ def check_writable(file, suffix, inputs):
     if fits and path.exists():
         fits = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
     if not fits:
-        raise SystemExit(f"{file}: name a {suffix} file to write that is new or an earlier one of "
-                         "fid.py, and that is not what is measured")
+        raise SystemExit(f"{file}: name a new {suffix} file, or one that fid.py wrote and that is "
+                         "not measured here")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 

@@ -710,6 +710,7 @@ def write_bad_files(world, folder):
     np.savez(folder / "float.npz", arr_0=np.zeros((3, 4, 4, 3)))
     np.savez(folder / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(folder / "nan.npz", mu=np.full(144, np.nan), sigma=np.eye(144))
+    np.savez(folder / "complex.npz", mu=np.zeros(144, complex), sigma=np.eye(144))
     np.savez(folder / "inf.npz", mu=np.zeros(144), sigma=np.full((144, 144), np.inf))
     whole = (world / "samples.npz").read_bytes()
     flipped = bytes([whole[30000] ^ 255])
@@ -728,9 +729,10 @@ ERRORS = {
     "npz cut short": (["BAD/cut.npz", "flat"], "cut.npz: not a readable npz file"),
     "npz with a flipped byte":
         (["BAD/flipped.npz", "flat"], "flipped.npz: not a readable npz file"),
-    "npz that is text": (["BAD/text.npz", "flat"], "text.npz: not a readable npz file"),
+    "npz that is text": (["BAD/text.npz", "flat"], "text.npz: not a .* it is damaged, cut off or"),
     "other widths": (["samples.npz", "BAD/wide.npz"], r"\(144,\), \(2048,\)"),
     "mu not finite": (["samples.npz", "BAD/nan.npz"], "nan.npz: not a .* is not finite"),
+    "mu complex": (["samples.npz", "BAD/complex.npz"], "complex.npz: not a .* is not finite"),
     "sigma not finite": (["samples.npz", "BAD/inf.npz"], "inf.npz: not a .* is not finite"),
     "too few":
         (["samples.npz", "flat", "--count", "144"],
@@ -769,7 +771,7 @@ def test_too_few_pictures_can_be_forced(measured):
 def test_what_is_measured_is_not_written_over(world, measured):
     pictures = (world / "samples.npz").read_bytes()
     for flag in ("--save-stats", "--json"):
-        with pytest.raises(SystemExit, match="that is not what is measured"):
+        with pytest.raises(SystemExit, match="not measured here"):
             fid.main([str(world / "samples.npz"), flag, str(world / "samples.npz")])
     assert (world / "samples.npz").read_bytes() == pictures
 
@@ -787,17 +789,33 @@ def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
     (tmp_path / "report.json").write_text('{"metric": "FID"}')
     for flag, path in (("--json", note), ("--save-stats", tmp_path / "mine.npz")):
         before = path.read_bytes()
-        with pytest.raises(SystemExit, match="new or an earlier one of fid.py"):
+        with pytest.raises(SystemExit, match="or one that fid.py wrote"):
             fid.main([str(world / "samples.npz"), flag, str(path)])
         assert path.read_bytes() == before
     fid.check_writable(tmp_path / "report.json", ".json", [])
+
+
+def test_a_distance_is_never_below_zero():
+    """Rounding would give some sets a negative distance to themselves."""
+    for seed in range(20):
+        features = np.random.RandomState(seed).randn(200, 30)
+        mu, sigma = features.mean(0), np.cov(features, rowvar=False)
+        assert fid.frechet_distance(mu, sigma, mu, sigma) >= 0
+
+
+def test_a_data_set_of_other_classes_than_the_run_is_told(measured, capsys):
+    """The run's classes are a, b and c, those of the idx files 0, 1 and 2."""
+    measured(RUN, "unsplit", "--count", "150")
+    assert "other classes" not in capsys.readouterr().out
+    measured(RUN, "idx", "--count", "150")
+    assert "idx has other classes than" in capsys.readouterr().out
 
 
 def test_it_runs_in_one_process(monkeypatch, capsys):
     """Two would measure everything twice, and write one report."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(SystemExit):
-        fid.main(["shapes"])
+        fid.parse(["shapes"])
     assert "start it with python, not torchrun" in capsys.readouterr().err
 
 
@@ -826,7 +844,7 @@ def test_a_run_is_not_written_over_by_a_report(world, runs):
     """Only a file that is named as a report is one."""
     before = (runs / "shapes-dcmix" / "last.pt").read_bytes()
     for flag in ("--save-stats", "--json"):
-        with pytest.raises(SystemExit, match="name a .(npz|json) file to write"):
+        with pytest.raises(SystemExit, match="name a new .(npz|json) file"):
             fid.main([str(world / "samples.npz"), flag, str(runs / "shapes-dcmix" / "last.pt")])
     assert (runs / "shapes-dcmix" / "last.pt").read_bytes() == before
 
