@@ -255,7 +255,7 @@ def train_classifier(path, data, size, device, steps=700, B=128):
     torch.manual_seed(0)
     rng = np.random.RandomState(0)
     model = Classifier(len(source.classes), size).to(device)
-    kept, held_out = np.split(rng.permutation(len(y)), [len(y) - len(y) // 10])
+    kept, held_out = np.split(rng.permutation(len(y)), [len(y) - max(len(y) // 10, 1)])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     epochs = math.ceil(steps * B / len(kept))

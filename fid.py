@@ -253,8 +253,6 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     Returns a dict. SystemExit if there are too few pictures for a covariance.
     """
     if one.kind == "statistics":
-        if count:
-            raise SystemExit(f"{one.what} holds statistics, of which --count takes no part")
         return load_statistics(one.what, extractor)
     start = time.time()
     if one.run:
@@ -387,6 +385,8 @@ def evaluate(args):
         if file:
             check_writable(file, suffix, [args.pictures, args.reference])
     a = PictureSet(args.pictures, args.device)
+    if a.kind == "statistics" and args.count:
+        raise SystemExit(f"{a.what} holds statistics, of which --count takes no part")
     name = args.reference or (a.run and a.data)
     b = PictureSet(name, args.device) if name else None
     if args.rfd and (not a.run or not b or b.kind == "statistics"):

@@ -360,7 +360,8 @@ def parse(argv=None):
     count = dict(type=train.within(1, kind=int), metavar="N")
     scale = dict(type=train.within(0), metavar="X")
     p.add_argument("run", help="a run such as runs/shapes-dcmix, or an official MAR file")
-    p.add_argument("--out", help="NAME.png, NAME.npz, NAME.gif or a folder (None: RUN/grid.png)")
+    p.add_argument("--out", help="NAME.png, NAME.npz or NAME.gif, which is overwritten, or a "
+                   "folder, which is added to (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3")
     p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), metavar="N", default=0,

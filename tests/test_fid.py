@@ -488,8 +488,9 @@ def test_statistics_are_saved_and_read_back(measured, tmp_path):
     np.savez(tmp_path / "foreign.npz", **foreign)
     with pytest.raises(SystemExit, match="0000 of elsewhere"):
         measured("samples.npz", str(tmp_path / "foreign.npz"))
+    # before the other pictures are measured
     with pytest.raises(SystemExit, match="of which --count takes no part"):
-        measured(str(file), "idx", "--count", "3")
+        measured(str(file), "nowhere.npz", "--count", "3")
     for number, wrong in enumerate([-saved["sigma"], np.triu(saved["sigma"])]):
         np.savez(tmp_path / f"wrong{number}.npz", mu=saved["mu"], sigma=wrong)
         words = f"wrong{number}.npz: not a .*, or sigma is not a covariance"
@@ -780,6 +781,16 @@ def test_a_classifier_needs_two_classes(tmp_path):
     write_pngs(blobs(20), tmp_path / "one" / "only")
     with pytest.raises(SystemExit, match="one has one class.*--features"):
         features.train_classifier(tmp_path / "c.pt", str(tmp_path / "one"), SIZE, "cpu")
+
+
+def test_the_classifier_of_a_few_pictures_has_an_accuracy(tmp_path):
+    """A tenth of four pictures is one of them. The mean over none of them would be NaN."""
+    for k, name in enumerate(("one", "two")):
+        write_pngs(blobs(2, seed=k), tmp_path / "few" / name)
+    features.train_classifier(tmp_path / "c.pt", str(tmp_path / "few"), SIZE, "cpu", steps=2, B=2)
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert saved["meta"]["held_out_accuracy"] in (0, 1)
+    assert saved["meta"]["pictures"] == 3
 
 
 def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
