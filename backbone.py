@@ -17,12 +17,11 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torch.nn.functional import dropout, layer_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint as recompute
 
 import disk
 import mixing
 import tokenizers
-from diffusion_head import DiffusionHead, linear
+from diffusion_head import Blocks, DiffusionHead, linear
 
 GUIDANCES = ("none", "dcmix", "dcsa", "dcca")
 
@@ -31,32 +30,36 @@ BASE = dict(
     vae=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, z=32),                        # [VA-VAE]
     vq=dict(width=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14),                      # [MaskBit]
     prior=dict(D=1024, depth=24, heads=16, mlp=4096, prenorm=False, dropout=0.1),     # [MaskBit]
-    mar=dict(D=768, depth=12, heads=12, K=64, head_depth=6, head_width=1024, dropout=0.1),  # [MAR]
+    mar=dict(D=768, depth=12, heads=12, K=64, dropout=0.1,                            # [MAR]
+             head_depth=6, head_width=1024),
 )
 # depth: of the encoder and of the decoder. With MAR-H's head, large has Table 2's 557M.   [paper]
-LARGE_MAR = dict(D=1024, depth=16, heads=16, K=64, head_depth=12, head_width=1536, dropout=0.1)
+LARGE_MAR = dict(D=1024, depth=16, heads=16, K=64, dropout=0.1,
+                 head_depth=12, head_width=1536)
 PRESETS = {
     "tiny": dict(                                                                     # [ours]
         size=32,
         vae=dict(width=32, mult=(1, 2, 2), blocks=1, z=8, groups=1),
         vq=dict(width=32, mult=(1, 2, 2), blocks=1, bits=8, groups=1),
         prior=dict(D=128, depth=4, heads=4, mlp=512, prenorm=True, dropout=0.0),
-        mar=dict(D=160, depth=3, heads=5, K=8, head_depth=3, head_width=160, dropout=0.0),
+        mar=dict(D=160, depth=3, heads=5, K=8, dropout=0.0,
+                 head_depth=3, head_width=160),
     ),
     "small": dict(                                                                    # [ours]
         size=64,
         vae=dict(width=64, mult=(1, 2, 4), blocks=2, z=16),
         vq=dict(width=64, mult=(1, 2, 4), blocks=2, bits=12),
-        prior=dict(D=384, depth=8, heads=6, mlp=1536,
-                   prenorm=True, dropout=0.0),
-        mar=dict(D=384, depth=6, heads=6, K=16,
-                 head_depth=4, head_width=512, dropout=0.0),
+        prior=dict(D=384, depth=8, heads=6, mlp=1536, prenorm=True, dropout=0.0),
+        mar=dict(D=384, depth=6, heads=6, K=16, dropout=0.0,
+                 head_depth=4, head_width=512),
     ),
     "base": BASE,
     "large": BASE | dict(mar=LARGE_MAR),
     "huge": BASE | dict(mar=LARGE_MAR | dict(D=1280, depth=20)),
 }
 
+
+# MAR: p_theta(X_c | X_d)
 
 def attention(q, k, v, heads, p=0.0):
     """softmax(q k^T / sqrt(D / heads)) v in each head, with dropout p on the weights.
@@ -90,7 +93,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """For DC-CA. MixAR-L has 708M without biases or learned norms, Table 2 707M.   [ours]"""
+    """For DC-CA, of which the paper says little.   [ours]
+
+    Without biases and learned norms MixAR-L has 708M parameters, nearly Table 2's 707M.
+    """
 
     def __init__(self, D, heads):
         super().__init__()
@@ -167,8 +173,6 @@ class MAR(nn.Module):
         self.K = K
         self.guidance = guidance
         self.mix_at = mix_at
-        # with this set, the backward pass computes the activations of the blocks a second time
-        self.checkpoint_activations = False
 
         self.class_emb = nn.Embedding(classes, D)
         nn.init.normal_(self.class_emb.weight, std=0.02)
@@ -185,10 +189,10 @@ class MAR(nn.Module):
             nn.init.normal_(self.discrete_emb.weight, std=0.02)
 
         cross = guidance == "dcca"
-        self.encoder_blocks = nn.ModuleList(Block(D, heads, dropout, cross) for _ in range(depth))
+        self.encoder_blocks = Blocks(Block(D, heads, dropout, cross) for _ in range(depth))
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_embed = linear(D, D)
-        self.decoder_blocks = nn.ModuleList(Block(D, heads, dropout, cross) for _ in range(depth))
+        self.decoder_blocks = Blocks(Block(D, heads, dropout, cross) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.diffloss = DiffusionHead(d_c, D, head_width, head_depth)
 
@@ -226,14 +230,6 @@ class MAR(nn.Module):
         # a stable sort puts the zeros, which are visible, first and keeps their order
         return masked.int().argsort(dim=1, stable=True)[:, :count]
 
-    def run_blocks(self, blocks, x, discrete):
-        for block in blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = recompute(block, x, discrete, use_reentrant=False)
-            else:
-                x = block(x, discrete)
-        return x
-
     def encode(self, x, discrete):
         """The encoder and `decoder_embed` over the visible tokens x (B, V, D).
 
@@ -242,7 +238,7 @@ class MAR(nn.Module):
         """
         if self.guidance == "dcsa":
             x = torch.cat([discrete, x], dim=1)                      # (B, N + V, D)
-        x = self.run_blocks(self.encoder_blocks, x, discrete)
+        x = self.encoder_blocks(x, discrete)
         x = self.decoder_embed(self.encoder_norm(x))
         if self.guidance == "dcsa":
             discrete = x[:, :self.N]
@@ -255,7 +251,7 @@ class MAR(nn.Module):
         if self.guidance == "dcsa":
             discrete = discrete + self.decoder_pos_embed_learned[:, self.K:]
             x = torch.cat([discrete, x], dim=1)                      # (B, N + K + N, D)
-        x = self.run_blocks(self.decoder_blocks, x, discrete)
+        x = self.decoder_blocks(x, discrete)
         x = self.decoder_norm(x)[:, -self.N:]                        # without prefix and class
         return x + self.diffusion_pos_embed_learned
 
@@ -278,8 +274,8 @@ class MAR(nn.Module):
         visible = self.visible_positions(m)                          # (B, V)
         seen, discrete = self.encode(gather(embedded, visible), discrete)
 
-        # At masked positions the decoder gets a placeholder: MAR's mask token or, for DC-Mix, the
-        # embedded discrete token of Eq. (9).
+        # Where the encoder saw nothing, the decoder gets a placeholder: MAR's mask token or, for
+        # DC-Mix, the embedded discrete token of Eq. (9).
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
@@ -313,6 +309,8 @@ def scatter(x, positions, values):
     index = positions[..., None].expand(-1, -1, x.shape[2])
     return x.to(values.dtype).scatter(1, index, values)
 
+
+# MaskBit's generator: p_phi(X_d)
 
 class MultiHead(nn.Module):
     """Self-attention with parameters named as in PyTorch's nn.MultiheadAttention."""
@@ -376,9 +374,9 @@ class MaskBitPrior(nn.Module):
         self.bits = bits
         self.splits = splits
         self.classes = classes
-        self.codes = 2 ** (bits // splits)                           # of a group
+        codes = 2 ** (bits // splits)                                # of a group
         self.pos_emb = nn.Parameter(torch.empty(1, N + 1, D))
-        # a buffer of the official files, not used here
+        # a buffer of the official files, from which from_official takes `splits`
         powers = 2 ** torch.arange(bits // splits, dtype=torch.int32)
         self.register_buffer("bits_to_indices", powers)
         self.class_emb = nn.Embedding(classes + 1, D)
@@ -392,7 +390,7 @@ class MaskBitPrior(nn.Module):
             self.transformer.layers.append(nn.ModuleList([attend, feed_forward]))
         self.norm_after_transformer = nn.LayerNorm(D, eps=1e-12) if prenorm else None
         self.last_layer = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12))
-        self.prediction_layer = nn.Linear(D, splits * self.codes)
+        self.prediction_layer = nn.Linear(D, splits * codes)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -417,7 +415,7 @@ class MaskBitPrior(nn.Module):
             x = self.norm_after_transformer(x)
         # the class is the last token here, where MAR has its class tokens first
         logits = self.prediction_layer(self.last_layer(x))[:, :-1]   # (B, N, S 2^e)
-        return logits.unflatten(-1, (self.splits, self.codes)).float()
+        return logits.unflatten(-1, (self.splits, -1)).float()
 
     @classmethod
     def from_official(cls, state):
@@ -435,6 +433,8 @@ class MaskBitPrior(nn.Module):
         )
         return disk.build(cls, config, state)
 
+
+# Files, and the sizes of the paper
 
 def heads_of(D):
     """The attention heads of an official model of width D, which its weights do not show.

@@ -1,7 +1,8 @@
 """A model in training: its stage, optimiser, moving average, checkpoint and log.
 
-`Stage` says what is trained and what on. `State` is what a checkpoint holds, so a stopped run goes
-on from it to the same bits. `make_optimizer` is MAR's AdamW, or Muon for the blocks.
+`Stage` says what is trained, and on which data. `State` is what a checkpoint holds. A stopped run
+continues from it, bit for bit. `make_optimizer` is MAR's AdamW, or Muon for every matrix in a block
+of MAR, its head or the prior, and for the VAE's convolutions.
 
 Reads disk.py and backbone.py. Feeds train.py and stages.py.
 With the paper open it can be skipped.
@@ -29,8 +30,9 @@ LOG_EVERY = 10               # steps between rows of log.csv
 def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
-    With G = x x^T, a step is x <- p x, where p = a I + b G + c G^2. Then G <- p G p. Only G and the
-    product q of the five p are computed step by step, and x <- q x once. G is small if x is wide.
+    A step replaces x by p x, where p = a I + b G + c G^2 and G = x x^T. After it, G is p G p. So
+    every p follows from the first G without x, which is multiplied once, by the product q of all p.
+    As x is wide, G is small.
 
     g: (k, rows, columns)
     Returns the same shape.
@@ -54,7 +56,7 @@ def orthogonal(g):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the momentum of some parameters is made orthogonal before it is added.   [Muon]
+    """AdamW, but the updates of some parameters are their momentum, made orthogonal.   [Muon]
 
     The entries of such an update are as large as AdamW's, so that both take the same rate.
     torch.optim.Muon computes in bf16 and one matrix at a time, which takes longer here.
@@ -67,7 +69,7 @@ class Muon(torch.optim.AdamW):
         self.matrices = matrices
 
     def nesterov(self, p):
-        """Update the momentum of p. Returns 5 % of the gradient plus 95 % of that, as a matrix."""
+        """Update the momentum of p. Returns 5 % of the gradient and 95 % of it, as a matrix."""
         if p not in self.state:
             # the names that AdamW's state has
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
@@ -123,7 +125,7 @@ def update_ema(ema, model, n, decay=EMA_DECAY):
 
 @dataclass
 class Stage:
-    """What a stage trains, and what on."""
+    """A model to train, and the data to train it on."""
 
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
@@ -149,7 +151,7 @@ def finished(saved):
 
 
 def read_stage(args, stage):
-    """The checkpoint of a stage, and a text on how this command differs from the one that began it.
+    """The checkpoint of a stage, and a text on how this command differs from the one that saved it.
 
     Returns (None, "") if there is none. SystemExit
         if the stage was begun with another config or made from something else
@@ -181,7 +183,7 @@ def read_stage(args, stage):
                          f"--{kind}-steps {step}")
     now = dict(recipe, amp=args.amp, seed=args.seed, init=args.init)
     changes = ", ".join(disk.differences(was, now))
-    return saved, f" (begun with {changes})" if changes else ""
+    return saved, f" (saved with {changes})" if changes else ""
 
 
 def skipped_before(folder, kind):
@@ -196,12 +198,12 @@ def skipped_before(folder, kind):
 class State:
     """A model in training: weights, moving average and optimiser after `step` steps.
 
-    before: how many steps the run of --init had made; rate, average, data order and random numbers
-        go on after it
+    before: how many steps the runs behind --init had made; rate, average, data order and random
+        numbers go on after them
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, the optimiser's moments
-        step, ema_start          the attributes `step` and `before` (its old name, as in old files)
+        step, ema_start          the attributes `step` and `before`
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes
@@ -220,8 +222,9 @@ class State:
         # convolutions are faster with the channels last
         self.model = model.to(args.device, memory_format=torch.channels_last)
         if stage.kind == "mixar":
-            self.model.checkpoint_activations = args.checkpoint_activations
-            self.model.diffloss.net.checkpoint_activations = args.checkpoint_activations
+            head = model.diffloss.net
+            for blocks in (model.encoder_blocks, model.decoder_blocks, head.res_blocks):
+                blocks.recompute = args.checkpoint_activations
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, args.recipe[stage.kind])
 

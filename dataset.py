@@ -316,8 +316,7 @@ def open_source(data, split, size, count):
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
     elif not root.is_dir():
-        raise SystemExit(f"{data}: no such folder; give shapes or a folder of pictures, "
-                         "or put a link to it there")
+        raise SystemExit(f"{data}: no such folder; give a folder of pictures, or shapes")
     elif idx_files(root):
         source = Idx(root.resolve(), split, size, count)
     elif idx_files(root / "raw"):

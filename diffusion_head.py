@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import layer_norm, silu
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 T = 1000                                                             # [MAR]
 
@@ -62,7 +62,7 @@ def coefficients(n, device="cpu"):
 
     t: the timesteps on the original scale 0 .. 999, int64
     sqrt_abar, sqrt_1m_abar: x_t = sqrt_abar x_0 + sqrt_1m_abar eps
-    recip, recip_m1: x_0 = recip x_t - recip_m1 eps
+    sqrt_recip, sqrt_recip_m1: solved for x_0, x_0 = sqrt_recip x_t - sqrt_recip_m1 eps
     mean_x0, mean_xt: the posterior q(x_{t-1} | x_t, x_0) has the mean mean_x0 x_0 + mean_xt x_t
     log_var: its log variance, the lower bound of the learned one
     log_beta: the upper bound of the learned log variance
@@ -81,8 +81,8 @@ def coefficients(n, device="cpu"):
         t=torch.tensor(timesteps).to(device),
         sqrt_abar=tensor(np.sqrt(abar)),
         sqrt_1m_abar=tensor(np.sqrt(1 - abar)),
-        recip=tensor(np.sqrt(1 / abar)),
-        recip_m1=tensor(np.sqrt(1 / abar - 1)),
+        sqrt_recip=tensor(np.sqrt(1 / abar)),
+        sqrt_recip_m1=tensor(np.sqrt(1 / abar - 1)),
         mean_x0=tensor(betas * np.sqrt(abar_prev) / (1 - abar)),
         mean_xt=tensor((1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar)),
         log_beta=tensor(np.log(betas)),
@@ -123,10 +123,10 @@ def model_distribution(x_t, eps, v, k, c, bound=None):
     k: int or (...) int, index of the timestep
     c: the coefficients of the process
     bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
-        in x_0. A head trained for minutes has errors, so the preset tiny has a bound [ours].
+        in x_0. A head trained for minutes has errors, so tiny and small have a bound [ours].
     Returns its mean, its log variance, and the x_0 that eps stands for, each (..., C).
     """
-    x_0 = at(c.recip, k) * x_t - at(c.recip_m1, k) * eps
+    x_0 = at(c.sqrt_recip, k) * x_t - at(c.sqrt_recip_m1, k) * eps
     if bound is not None:
         x_0 = x_0.clamp(-bound, bound)
     mean = at(c.mean_x0, k) * x_0 + at(c.mean_xt, k) * x_t
@@ -190,6 +190,21 @@ def zero_linear(d_in, d_out):
     return layer
 
 
+class Blocks(nn.ModuleList):
+    """Blocks that are run one after the other, each with the same condition."""
+
+    # if True, the backward pass computes the activations a second time, to save memory
+    recompute = False
+
+    def forward(self, x, condition):
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
+        return x
+
+
 class TimeEmbed(nn.Module):
     """t (...) int in 0 .. 999 -> (..., W): 128 cosines and 128 sines, then two layers."""
 
@@ -245,10 +260,8 @@ class Denoiser(nn.Module):
         self.time_embed = TimeEmbed(W)
         self.cond_embed = linear(D, W)
         self.input_proj = linear(C, W)
-        self.res_blocks = nn.ModuleList(ResBlock(W) for _ in range(depth))
+        self.res_blocks = Blocks(ResBlock(W) for _ in range(depth))
         self.final_layer = FinalLayer(W, C)
-        # with this set, the backward pass computes the activations of the blocks a second time
-        self.checkpoint_activations = False
 
     def forward(self, x, t, z):
         """The predicted noise eps and the variance values v, each (..., M, C) float32.
@@ -258,12 +271,7 @@ class Denoiser(nn.Module):
         z: (M, D)
         """
         condition = silu(self.time_embed(t) + self.cond_embed(z))    # (..., M, W)
-        h = self.input_proj(x)                                       # (..., M, W)
-        for block in self.res_blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                h = recompute(block, h, condition, use_reentrant=False)
-            else:
-                h = block(h, condition)
+        h = self.res_blocks(self.input_proj(x), condition)           # (..., M, W)
         return self.final_layer(h, condition).float().chunk(2, dim=-1)
 
 
@@ -313,8 +321,8 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
         for k in reversed(range(steps)):
-            # In the first step, at t = 999, an error of eps is multiplied by 316 (of 100 steps; by
-            # more if there are fewer) in the next x. It is computed in fp32.   [ours]
+            # Of 100 steps without bound, the first, at t = 999, puts 316 times the error of eps
+            # into x, of fewer steps more. So it is computed in fp32.   [ours]
             first = k == steps - 1
             with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[k], z, z_uncond, scale)

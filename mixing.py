@@ -103,7 +103,8 @@ def dc_mix(x_c, x_d, m):
 def mask_discrete(x_d, m):
     """Eq. (10): x'_d^i = t_m where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    The mask token t_m has all bits 0.   [MaskBit] The paper prints x_d^{i*} for x'_d^i.   [erratum]
+    The mask token t_m has all bits 0 [MaskBit]; the paper calls it learned. The paper prints
+    x_d^{i*} for x'_d^i.   [erratum]
 
     x_d: (B, N, d_d) bits in {-1, +1}
     m: (B, N) bool
@@ -128,8 +129,8 @@ def sample_codes(logits, u):
 def predict_masked(g_M, x_d, m, y, u):
     """Eqs. (10) and (11): x_hat = g_M(x'_d) where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
-    The prediction is sampled, in one forward pass and without gradient. g_M sees the class, too.
-    [ours]
+    The prediction is sampled, in one forward pass and without gradient. g_M sees the class, too
+    [ours]. Whole tokens are masked, whereas Eq. (3) trains g_M with groups of bits masked.
 
     g_M: maps x'_d (B, N, d_d) and y to logits (B, N, S, 2^e)
     x_d: (B, N, d_d) bits in {-1, +1}

@@ -1,7 +1,7 @@
 """How pictures are written: grids with names, a gif, folders of png files, npz files.
 
-`to_bytes` and `truncate` round as the official codes do. `system` is always a `sample.System`.
-`sample_folder` goes on where a stopped command was.
+`to_bytes` rounds and `truncate` cuts off, as the official programs do. `sample_folder` continues a
+stopped command. `system` is always a `sample.System`.
 
 Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample, stages and fid.py.
 With the paper open it can be skipped.

@@ -4,8 +4,8 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i). A CPU and a GPU draw different ones.
 
-Reads the models, mixing, train (processes, AMP), dataset and output.py. Feeds fid.py, and stages.py
-with pictures of a run. It is the last of the paper's files.
+Reads the models, mixing, train (processes, AMP), dataset and output.py. Feeds fid.py and, with
+pictures of a run, stages.py. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, n_now tokens of this AR step, S bit groups of e bits, C = d_c channels.
@@ -126,8 +126,8 @@ def hidden_after(s, steps, N, n_hidden):
 
     It is at least 1, also for the last step, where `generate` takes 0 instead.
     """
-    n_left = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
-    return max(1, min(n_hidden - 1, n_left))
+    n = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
+    return max(1, min(n_hidden - 1, n))
 
 
 def diffusion_steps_at(s, ar_steps, diffusion_steps):
@@ -147,10 +147,10 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
 
     x_d: (B, N, d_d) bits
     y: (B,) int, the classes
-    order: (B, N), a permutation of the positions for each image; its last ones are drawn first
+    order: (B, N), a permutation of the positions for each image; they are drawn from its end
     noise: noise(now (B, N) bool, n) gives (n, B n_now, C) for n diffusion steps of the tokens `now`
     diffusion_steps: see diffusion_steps_at
-    cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known, or "constant"
+    cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known after the step
     temperature, bound: see DiffusionHead.sample
     on_step: on_step(m) sees the mask after every AR step
     Returns x_c (B, N, C).
@@ -162,19 +162,20 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
     n_hidden = N
     for s in range(ar_steps):
         n_after = hidden_after(s, ar_steps, N, n_hidden)
-        # as in MAR, n_after is 1 or more here, even in the last step: the scale stays below cfg
         share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        n_left = n_after if s < ar_steps - 1 else 0
+        # only now, so that the last scale stays below cfg, as in MAR
+        if s == ar_steps - 1:
+            n_after = 0
         m = mixing.hide(order, n_hidden)
-        now = m & ~mixing.hide(order, n_left)                                # this step's tokens
+        now = m & ~mixing.hide(order, n_after)                               # this step's tokens
         x = model.mix(x_c, x_d, m)                                           # Eq. (9)
         z = model(x, x_d, m, y, drop=never)[now]                             # (B n_now, D)
         # without the class, but with X_d                                      [ours]
         z_uncond = model(x, x_d, m, y, drop=always)[now] if cfg != 1 else None
         n = diffusion_steps_at(s, ar_steps, diffusion_steps)
         x_c[now] = model.diffloss.sample(z, noise(now, n), n, temperature, z_uncond, scale, bound)
-        n_hidden = n_left
+        n_hidden = n_after
         if on_step:
             on_step(mixing.hide(order, n_hidden))
     return x_c
@@ -208,7 +209,7 @@ class System:
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
-        # No gradient is taken, but autocast keeps its bf16 copy only of weights that require one.
+        # No gradient is taken. But autocast keeps bf16 copies only of weights with requires_grad.
         self.model = model.to(self.device).requires_grad_(True)
         with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(saved["step"])
@@ -321,7 +322,7 @@ class System:
         decode: "continuous" for MixAR's pictures, "discrete" for X_d alone, decoded
         x_d: (B, N, d_d); None lets the prior draw it and adds its time to `prior_seconds`
         """
-        # plain MAR does without X_d
+        # Plain MAR does without X_d. (compare.png and gifs show one all the same.)
         if x_d is None and (decode == "discrete" or self.model.guidance != "none"):
             start = time.time()
             x_d = self.sample_discrete(seed, indices, y)
@@ -333,7 +334,10 @@ class System:
 
 
 def wanted_classes(text, classes):
-    """Class numbers of "all", or of names or numbers with commas between. SystemExit if unknown."""
+    """The numbers of the classes in `text`: "all", or names or numbers with commas between.
+
+    SystemExit if there is no such class.
+    """
     if text == "all":
         return list(range(len(classes)))
     numbers = {str(k): k for k in range(len(classes))}
@@ -387,15 +391,15 @@ def parse(argv=None):
 def open_run(args):
     """The System of args.run, with the files and settings that flags give."""
     system = System(args.run, args.device, args.amp, args.vae, args.prior)
-    given = dict(
+    flags = dict(
         ar_steps=args.ar_steps, diffusion_steps=args.diffusion_steps, cfg=args.cfg,
         temperature=args.temperature, prior_steps=args.prior_steps, prior_cfg=args.prior_cfg)
-    system.settings |= {name: value for name, value in given.items() if value is not None}
+    system.settings |= {name: value for name, value in flags.items() if value is not None}
     if args.truth and args.classes != "all":
         raise SystemExit("--truth takes the classes of the held-out pictures; leave out --classes")
     discrete = args.decode == "discrete" or args.truth or str(args.out).endswith(".gif")
     if discrete and not system.vq:
-        raise SystemExit(f"{args.run} is an official MAR, which knows no discrete tokens")
+        raise SystemExit(f"{args.run} is an official MAR, which has no discrete tokens")
     # every step draws at least one token, so there cannot be more steps than tokens
     most = dict(ar_steps=system.model.N)
     if system.prior:
@@ -430,7 +434,7 @@ def open_truth(system, count):
 
 
 def write_out(system, out, labels, columns, args):
-    """Sample the pictures and write them to `out`, by all processes."""
+    """Sample the pictures and write them to `out`, by all processes, but a gif by the first."""
     given = None
     if args.truth:
         labels, given = open_truth(system, args.count)
@@ -459,8 +463,8 @@ def main(argv=None):
         out = Path(args.out or system.path.parent / "grid.png")
         known = out.suffix in ("", ".png", ".npz", ".gif") and not out.name.startswith(".")
         if not known or (out.suffix and out.is_dir()):
-            raise SystemExit(f"--out {out}: a file's name ends with .png, .npz or .gif, and that "
-                             "of a folder has no ending")
+            raise SystemExit(f"--out {out}: expected NAME.png, NAME.npz, NAME.gif or, for a "
+                             "folder, a name without an ending")
         chosen = wanted_classes(args.classes, system.meta["classes"])
         # a column per class, where there are several
         columns = len(chosen) if len(chosen) > 1 else 10

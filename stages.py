@@ -1,7 +1,10 @@
 """The stages: what each of the four models is trained on, and in which order. Section 4.
 
-    vae, vq    pixels -> the tokenizers, Eq. (7)     cache    the tokens of every picture
-    prior      X_d -> p_phi(X_d)                     mixar    X_c and X_d -> p_theta(X_c | X_d)
+    vae      pixels -> the continuous tokenizer, Eq. (7)
+    vq       pixels -> the bit tokenizer, Eq. (7)
+    cache    x_c and x_d of every picture
+    prior    X_d -> p_phi(X_d)
+    mixar    X_c and X_d -> p_theta(X_c | X_d)
 
 `train_stages` is what `torchrun train.py` does. A stage that is done is used, not trained again.
 
@@ -113,7 +116,7 @@ def train_prior(args, shared, tokens):
 
 
 def train_mixar(args, shared, run, tokens):
-    """Stage mixar: p_theta(X_c | X_d), and pictures at its end."""
+    """Stage mixar: p_theta(X_c | X_d), and its pictures."""
     if args.guidance == "dcmix" and tokens.bits > tokens.d_c:
         raise SystemExit(f"--guidance dcmix: {tokens.bits} bits do not fit into {tokens.d_c} "
                          "channels (Eq. 9); choose another guidance or another tokenizer")
@@ -137,8 +140,8 @@ def train_mixar(args, shared, run, tokens):
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
 
-    # it reads what `fit` has just saved
     def preview(ema):
+        # instead of `ema`, it takes the same weights from last.pt, which `fit` has just saved
         system = sample.System(run, args.device, amp=args.amp)
         if args.preset != "tiny":
             # these pictures then take seconds, not minutes
@@ -170,11 +173,11 @@ def describe_run(args, shared, run, tokens, prior):
     run, so that both may be moved together.
     """
     # links are followed first, since `..` leads out of the folder that a link points to
-    own = os.path.relpath(os.path.realpath(shared), os.path.realpath(run))
+    to_shared = os.path.relpath(os.path.realpath(shared), os.path.realpath(run))
     fingerprints = tokens.made_from | dict(prior=disk.fingerprint(prior))
     files = {}
     for kind, given in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
-        path = os.path.realpath(given) if given else f"{own}/{kind}"
+        path = os.path.realpath(given) if given else f"{to_shared}/{kind}"
         files[kind] = (path, fingerprints[kind])
     return dict(
         data=args.data if args.data == "shapes" else os.path.realpath(args.data),
@@ -183,7 +186,7 @@ def describe_run(args, shared, run, tokens, prior):
         latent_mean=tokens.mean.tolist(),
         latent_std=tokens.std.tolist(),
         sampling=sample.SAMPLING[args.preset],
-        shared=own,
+        shared=to_shared,
         files=files,
     )
 
@@ -215,8 +218,8 @@ def check_files(args, shared, run, classes):
         a = ours.resolve()
         b = other.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
-            raise SystemExit(f"{ours}, where this run would be, and {other} lie one in the other; "
-                             "choose another --runs or --out")
+            raise SystemExit(f"{ours}, where this run would be, and {other}: one lies in the "
+                             "other; choose another --runs or --out")
     given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
     for kind, file in given.items():
         if not file:

@@ -55,15 +55,15 @@ def quantise(z):
 
 
 def entropy(p):
-    """The entropy in nats of the distributions along the last axis.   (..., K) -> (...)"""
+    """The entropy in nats of the distributions along the last axis.   (..., codes) -> (...)"""
     return -(p * p.clamp(min=1e-5).log()).sum(-1)
 
 
 def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
     """Three terms of `stages.vq_loss`, which weighs the two entropies.   [MaskBit]
 
-    Returns the commitment loss times 0.25, the mean over tokens of the entropy of a token's codes,
-    and the entropy of the distribution of codes over all tokens.
+    Returns the commitment loss times 0.25, the mean over tokens of the entropy of a token's
+    distribution over the codes, and the entropy of the mean of these distributions.
 
     z: (B, d_d, h, w), the encoder's output
     codebook: (2^d_d, d_d), every code as bits
@@ -216,8 +216,8 @@ def read_official(state):
     for official, own in RENAMED.items():
         state = {key.replace(official, own): value for key, value in state.items()}
     width = len(state["encoder.conv_in.weight"])
-    depth = range(disk.count_modules(state, "encoder.down."))
-    mult = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in depth]
+    depth = disk.count_modules(state, "encoder.down.")
+    mult = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in range(depth)]
     blocks = disk.count_modules(state, "encoder.down.0.block.")
     return state, dict(width=width, mult=mult, blocks=blocks)
 
@@ -227,7 +227,7 @@ class KLVAE(nn.Module):
 
     up_attention: whether the decoder's first level has attention, as in VA-VAE but not in KL-16
     groups: of every GroupNorm, 32 in the official models [VA-VAE] [MAR]. The preset tiny has 1, as
-        its first level has 32 channels: a norm of each alone would erase its mean.   [ours]
+        its first level has 32 channels, each of which would be normalised by itself.   [ours]
     """
 
     def __init__(self, width, mult, blocks, z, up_attention=True, groups=32):

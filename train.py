@@ -39,7 +39,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for this many steps
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
-# along a cosine, with `muon` the blocks take Muon's updates. `draws` is R.     [ours]
+# along a cosine, with `muon` the matrices in blocks get Muon's updates. `draws` is R.     [ours]
 TINY_RECIPE = dict(
     vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
              decay=0.0),
@@ -54,7 +54,7 @@ SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of ImageNet, 625 steps each [MAR]; the warm-up is [ours]. Other models come as files.
+# 400 epochs of ImageNet, 625 steps each, 100 of them warm-up [MAR]. Other models come as files.
 LARGE_RECIPE = dict(
     mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
                betas=(0.9, 0.95), decay=0.02, draws=4))
@@ -85,7 +85,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
         x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
-    # the model reads x where it is masked only for dcmix, and x_d only for dcsa and dcca
+    # dcmix has the discrete tokens in x; dcsa and dcca take x_d itself
     z = model(x, x_d, m, y, drop)                                            # Eq. (6)
 
     n_masked = int(m[0].sum())                                               # N'
@@ -95,7 +95,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...). Row k is then for row k of z[m], image after image."""
+    """(B, R, N', ...) -> (R, B N', ...). Entry [r, j] is for token j of z[m], draw r of its R."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -196,9 +196,9 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 
 
 def learning_rate(recipe, step, before=0):
-    """Linear warm-up, then constant [MAR] or, with `anneal`, a cosine down to 10 % [MaskBit].
+    """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
 
-    before: steps of the runs behind --init, else 0. After these an annealed rate stays at 10 %.
+    before: steps of the runs behind --init, else 0. After these the cosine stays at 0.1.   [ours]
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -252,8 +252,8 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # last.pt has made 800 of 1000 steps, say, and this command is for 600. Saved again, it
-            # has made 800 of 600, so it is `finished`.
+            # This command is for fewer steps than last.pt has made of its own. Saved again, with
+            # the shorter length, it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -294,14 +294,14 @@ def train_steps(args, stage, state):
                              f"{state.step}; lower --lr (of mixar) or lr in RECIPES, or begin anew "
                              f"without {stage.path}")
         state.step += 1
-        look = stage.preview and args.sample_every and state.step % args.sample_every == 0
+        preview_due = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
             log.write(state.step, loss, lr, norm)
-            due = last or stopping or look or state.step % args.save_every == 0
+            due = last or stopping or preview_due or state.step % args.save_every == 0
             # weights whose loss is not finite are not saved
             if due and failed == 0:
                 state.save()
-            if look and failed == 0 and not (last or stopping):
+            if preview_due and failed == 0 and not (last or stopping):
                 stage.preview(state.ema.eval())
         if stopping:
             end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
@@ -333,7 +333,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. The gradient goes to this process's q; DDP averages it."""
+    """The mean of q over the processes. Backwards it is this process's q: DDP takes the mean."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -392,7 +392,7 @@ def process_group():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     yield
     if dist.is_initialized():
-        # DistributedDataParallel lies in reference cycles and must go before its group
+        # DistributedDataParallel refers to itself, and has to be freed before its group ends
         gc.collect()
         dist.destroy_process_group()
 

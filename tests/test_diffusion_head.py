@@ -200,7 +200,8 @@ def test_eq05_the_kl_goes_from_the_true_posterior_to_the_models():
     KL = (log 4 - 1 + 1/4) / 2, and a distance of 2 between the means adds 2^2 / 4 / 2.
     """
     c = SimpleNamespace(
-        recip=torch.ones(2), recip_m1=torch.ones(2), mean_x0=torch.ones(2), mean_xt=torch.zeros(2),
+        sqrt_recip=torch.ones(2), sqrt_recip_m1=torch.ones(2), mean_x0=torch.ones(2),
+        mean_xt=torch.zeros(2),
         log_beta=torch.tensor([4.0, 4.0]).log(), log_var=torch.zeros(2),
     )
     x_t = torch.zeros(1, 2)
@@ -472,8 +473,8 @@ def test_eq05_golden_coefficients(n):
     if n == 1000:
         factors["sqrt_alphas_cumprod"] = c.sqrt_abar
         factors["sqrt_one_minus_alphas_cumprod"] = c.sqrt_1m_abar
-        factors["sqrt_recip_alphas_cumprod"] = c.recip
-        factors["sqrt_recipm1_alphas_cumprod"] = c.recip_m1
+        factors["sqrt_recip_alphas_cumprod"] = c.sqrt_recip
+        factors["sqrt_recipm1_alphas_cumprod"] = c.sqrt_recip_m1
     for name, found in factors.items():
         expected = process[f"{name}_{n}"].float()
         torch.testing.assert_close(found, expected, rtol=2e-7, atol=0, msg=name)

@@ -355,7 +355,7 @@ def test_sampling_an_official_mar_needs_its_vae_and_nothing_else(tmp_path, mar_f
         ([], "add --vae FILE"),
         (["--vae", kl_file(tmp_path, 4)], "has 8 channels; what it is used with has 4"),
         (["--vae", mar_file], "not a vae checkpoint"),
-        (["--vae", vae, "--decode", "discrete"], "knows no discrete tokens"),
+        (["--vae", vae, "--decode", "discrete"], "has no discrete tokens"),
     ]
     for options, line in wrong:
         with pytest.raises(SystemExit, match=line):

@@ -326,9 +326,9 @@ def test_a_second_program_on_the_same_output_is_told_so(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("s.jpg", "name ends with .png, .npz or .gif"),
-    (".png", "name ends with .png, .npz or .gif"),
-    ("folder.png", "of a folder has no ending"),
+    ("s.jpg", "expected NAME.png, NAME.npz, NAME.gif or"),
+    (".png", "expected NAME.png, NAME.npz, NAME.gif or"),
+    ("folder.png", "for a folder, a name without an ending"),
 ])
 def test_an_output_that_would_not_be_what_its_name_says_is_refused(runs, tmp_path, name, words):
     (tmp_path / "folder.png").mkdir()
@@ -572,7 +572,7 @@ def test_an_official_mar_has_no_discrete_tokens(monkeypatch, flags):
     official = SimpleNamespace(vq=None, prior=None, settings=dict(ar_steps=1))
     official.model = SimpleNamespace(N=64)
     monkeypatch.setattr(sample, "System", lambda *given: official)
-    with pytest.raises(SystemExit, match="is an official MAR, which knows no discrete tokens"):
+    with pytest.raises(SystemExit, match="is an official MAR, which has no discrete tokens"):
         sample.main(["mar.pth", *flags])
 
 

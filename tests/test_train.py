@@ -342,7 +342,7 @@ def test_another_init_is_said(runs, tmp_path, capsys, no_pictures):
     train.main(mixar(runs, tmp_path / "run", "--init", before, "--steps", 1))
     train.main(mixar(runs, tmp_path / "run", "--init", before / "last.pt", "--steps", 1))
     said = capsys.readouterr().out
-    assert f"mixar: 1 of 1 steps are done (begun with init {before}, not {before}/last.pt)" in said
+    assert f"mixar: 1 of 1 steps are done (saved with init {before}, not {before}/last.pt)" in said
 
 
 def test_resuming_with_another_seed_is_refused(runs, tmp_path):
@@ -557,8 +557,8 @@ def test_recomputed_activations_give_the_same_gradients(guidance):
     loss = loss_of("mixar")
     found = []
     for recompute in (False, True):
-        model.checkpoint_activations = recompute
-        model.diffloss.net.checkpoint_activations = recompute
+        for blocks in (model.encoder_blocks, model.decoder_blocks, model.diffloss.net.res_blocks):
+            blocks.recompute = recompute
         torch.manual_seed(1)
         rng = train.Rng(0, 5, 8, CPU)
         model.zero_grad()
@@ -712,11 +712,11 @@ def test_every_start_says_how_far_each_stage_is(runs, tmp_path, capsys, no_pictu
         "data: 64 pictures in 10 classes",
         "vae: 2 of 2 steps are done",
         "vq: 2 of 2 steps are done",
-        "prior: 2 of 1 steps are done (begun with steps 2, not 1)",
-        "mixar: 2 of 3 steps are done (begun with steps 2, not 3, lr 0.005, not 0.001)"]
+        "prior: 2 of 1 steps are done (saved with steps 2, not 1)",
+        "mixar: 2 of 3 steps are done (saved with steps 2, not 3, lr 0.005, not 0.001)"]
     train.main(mixar(runs, tmp_path / "other", "--steps", 1, "--seed", 7, "--amp", "bf16"))
     said = capsys.readouterr().out
-    assert "vae: 2 of 2 steps are done (begun with amp fp32, not bf16, seed 0, not 7)" in said
+    assert "vae: 2 of 2 steps are done (saved with amp fp32, not bf16, seed 0, not 7)" in said
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -772,7 +772,7 @@ def test_runs_are_never_written_into_the_data(tmp_path, flags):
     (tmp_path / "pets" / "cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "pets" / "cat" / "a.png")
     flags = [flag.replace("PLACE", str(tmp_path)) for flag in flags]
-    with pytest.raises(SystemExit, match="lie one in the other"):
+    with pytest.raises(SystemExit, match="one lies in the other"):
         train.main(["--data", str(tmp_path / "pets"), *SMALL, "--stage", "vae", *flags])
     assert len(list(tmp_path.rglob("*"))) == 3
 
