@@ -222,13 +222,10 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """The V = K + N - N' positions the encoder sees, ascending.   (B, N) bool -> (B, V) int"""
+        """Whether the encoder sees a token: V = K + N - N' of a row.   (B, N) -> (B, K + N) bool"""
         if self.mix_at == "encoder":
             m = torch.zeros_like(m)                                  # all of x~: N' = 0
-        masked = nn.functional.pad(m, (self.K, 0))                   # class tokens are visible
-        count = masked.shape[1] - int(masked[0].sum())
-        # a stable sort puts the zeros, which are visible, first and keeps their order
-        return masked.int().argsort(dim=1, stable=True)[:, :count]
+        return ~nn.functional.pad(m, (self.K, 0))                    # class tokens are visible
 
     def encode(self, x, discrete):
         """The encoder and `decoder_embed` over the visible tokens x (B, V, D).
@@ -271,8 +268,9 @@ class MAR(nn.Module):
         discrete = None                                              # prefix or memory
         if self.guidance in ("dcsa", "dcca"):
             discrete = self.embed_discrete(x_d)                      # (B, N, D)
-        visible = self.visible_positions(m)                          # (B, V)
-        seen, discrete = self.encode(gather(embedded, visible), discrete)
+        visible = self.visible_positions(m)                          # (B, K + N)
+        seen = embedded[visible].unflatten(0, (len(m), -1))          # (B, V, D)
+        seen, discrete = self.encode(seen, discrete)
 
         # Where the encoder saw nothing, the decoder gets a placeholder: MAR's mask token or, for
         # DC-Mix, the embedded discrete token of Eq. (9).
@@ -280,7 +278,8 @@ class MAR(nn.Module):
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
             placeholder = self.mask_token.expand_as(embedded)        # (B, K + N, D)
-        full = scatter(placeholder, visible, seen)                   # (B, K + N, D)
+        full = placeholder.to(seen.dtype, copy=True)                 # (B, K + N, D)
+        full[visible] = seen.flatten(0, 1)
         return self.decode(full, discrete)                           # (B, N, D)
 
     @classmethod
@@ -297,17 +296,6 @@ class MAR(nn.Module):
             head_width=len(state["diffloss.net.input_proj.weight"]),
         )
         return disk.build(cls, config, state)
-
-
-def gather(x, positions):
-    """The tokens of x at these positions.   x (B, L, D), positions (B, V) -> (B, V, D)"""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
-
-
-def scatter(x, positions, values):
-    """x (B, L, D) with `values` (B, V, D) at the positions (B, V)."""
-    index = positions[..., None].expand(-1, -1, x.shape[2])
-    return x.to(values.dtype).scatter(1, index, values)
 
 
 # MaskBit's generator: p_phi(X_d)
@@ -459,9 +447,10 @@ def load_model(path, kind):
         if "kind" in saved:
             return disk.build(KINDS[kind], saved["config"], saved["ema"]), saved
         # an official file holds its weights under one of these names, or bare
-        wrappers = ["model_ema", "model", "state_dict"]
-        inner = next((saved[name] for name in wrappers if name in saved), saved)
-        state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+        state = saved
+        for name in ("state_dict", "model", "model_ema"):
+            state = saved.get(name, state)
+        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return KINDS[kind].from_official(state), dict(step=0, meta=None)
 
 

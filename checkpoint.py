@@ -209,7 +209,7 @@ class State:
         args                     all flags, with the recipes
         meta                     of "mixar" what sampling needs, such as the files of vae, vq and
                                  prior, see stages.describe_run; of a tokenizer the unreadable
-                                 pictures, of the prior its tokens
+                                 pictures
     """
 
     def __init__(self, args, stage):
@@ -256,10 +256,6 @@ class State:
                 official, _ = backbone.load_model(path, "mixar")
                 self.model.load_state_dict(official.state_dict())
                 self.ema.load_state_dict(official.state_dict())
-
-    def set_rate(self, lr):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def save(self):
         """Write last.pt. SystemExit if the weights are not finite."""

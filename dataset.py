@@ -384,7 +384,7 @@ def begin_cache(folder, source, example):
     """Make a token cache's files for all pictures; `example`, {name: array}, has one picture."""
     folder.mkdir(parents=True, exist_ok=True)
     n = len(source.labels)
-    need = sum(n * value.nbytes for value in example.values())
+    need = n * sum(value.nbytes for value in example.values())
     free = shutil.disk_usage(folder).free
     if need > free:
         raise SystemExit(f"{folder}: the tokens of {n} pictures take {need / 1e9:.3g} GB, but "

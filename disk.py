@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +122,11 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+def checkpoint_file(path):
+    """The path of a file, or of last.pt in a folder."""
+    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+
+
 def load_checkpoint(path, kind):
     """The dict in the file `path`, read without running any code in it.
 
@@ -130,7 +134,7 @@ def load_checkpoint(path, kind):
     kind: "vae", "vq", "prior", "mixar" or "classifier"
     SystemExit if there is no such file, if it is damaged or if train.py saved another kind in it.
     """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    path = checkpoint_file(path)
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; expected a {kind} checkpoint")
     with reading(path, f"{kind} checkpoint"):
@@ -139,14 +143,10 @@ def load_checkpoint(path, kind):
             mmap = zipfile.is_zipfile(path)
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except (pickle.UnpicklingError, LookupError, EOFError) as error:
-                code = re.search(r"GLOBAL (\S+)", str(error))
-                reason = "it is not a file of weights"
-                if code:
-                    reason = (f"it holds a {code[1]}, which could run code when loaded; if you "
-                              "trust it, load it with weights_only=False and save its state_dict "
-                              "alone")
-                raise ValueError(reason) from None
+            except (pickle.UnpicklingError, LookupError, EOFError):
+                raise ValueError("it is not a file of weights, or it holds more, which could run "
+                                 "code when loaded; if you trust it, load it with "
+                                 "weights_only=False and save its state_dict alone") from None
         found = saved.get("kind", kind)
         step = int(saved.get("step", 0))
         if found != kind or step < 0:

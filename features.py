@@ -306,24 +306,22 @@ def load_extractor(path, resize, size, device):
     saved = disk.load_checkpoint(path, "classifier")
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     released = sha256.startswith(HASH)
-    if "kind" in saved:
-        with disk.reading(path, "classifier"):
+    with disk.reading(path, "feature network"):
+        if "kind" in saved:
             model = Classifier(**saved["config"])
             weights = saved["model"]
             disk.check_weights(model, weights)
             about = saved["meta"]
             model.name = f"small classifier {sha256[:16]} of {about['data']}"
-    else:
-        if not size:
-            raise SystemExit(f"{path}: Inception's features without a run need --size")
-        model = Inception(resize, size)
-        # The released file has no counters of batches.
-        own = model.state_dict()
-        weights = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | saved
-        about = {}
-        release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
-        model.name = f"Inception-v3 {release}, resize of {resize}"
-    with disk.reading(path, "feature network"):
+        else:
+            if not size:
+                raise SystemExit(f"{path}: Inception's features without a run need --size")
+            model = Inception(resize, size)
+            # the released file has no counters of batches, which PyTorch excuses in a plain dict
+            weights = dict(saved)
+            about = {}
+            release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"
+            model.name = f"Inception-v3 {release}, resize of {resize}"
         model.load_state_dict(weights)
     model.metric = "FID" if released else f"Frechet distance ({model.name}, not FID)"
     model.about = dict(name=model.name, file=str(path), sha256=sha256, width=model.width,

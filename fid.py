@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -206,18 +207,11 @@ def crop(pictures, size):
     return torch.tensor(np.stack(cropped)).permute(0, 3, 1, 2).contiguous()
 
 
-def reconstruct(pictures, run, tokenizer):
-    """uint8 (B, 3, H, W) -> uint8, through the "vae" (its posterior mean) or the "vq" of a run."""
-    pictures = crop(pictures, run.size)
-    if tokenizer == "vq":
-        return run.decode_discrete(run.encode_discrete(pictures)).cpu()
-
-    def through_vae(x):
-        mean, _ = run.vae.encode(x)
-        return run.vae.decode(mean)
-
-    x = pictures.to(run.device).float() / 127.5 - 1
-    return output.to_bytes(run.in_pieces(through_vae, x)).cpu()
+def reconstruct(pictures, run, kind):
+    """uint8 (B, 3, H, W) -> uint8, through the "vae" or "vq" of a run, see output.reconstruct."""
+    tokenizer = run.vae if kind == "vae" else run.vq
+    through = partial(output.reconstruct, tokenizer, kind, device=run.device)
+    return run.in_pieces(through, crop(pictures, run.size))
 
 
 def load_statistics(path, extractor):
@@ -267,7 +261,7 @@ def measure(one, count, extractor, args, run=None, tokenizer=None):
     logits = []
     skipped = []
     for first in tqdm(range(0, n, args.batch_size), note["source"], leave=False):
-        found = read(range(n)[first:first + args.batch_size])
+        found = read(range(first, min(first + args.batch_size, n)))
         skipped += [picture for picture in found if isinstance(picture, str)]
         good = [picture for picture in found if not isinstance(picture, str)]
         if good:
@@ -330,8 +324,6 @@ def parse(argv=None):
     p.add_argument("--size", **count, help="side of the pictures for Inception (None: the run's)")
     p.add_argument("--count", **count,
                    help="pictures of A (None: all; of a run 2000, with Inception 50000)")
-    p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), default=0, metavar="N",
-                   help="of the samples of a run")
     p.add_argument("--batch-size", **count, default=80, help="pictures at once")
     p.add_argument("--force", action="store_true", help="accept fewer pictures than features")
     p.add_argument("--save-stats", metavar="FILE.npz", help="write mu, sigma, n, extractor of A")

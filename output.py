@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import disk
@@ -51,13 +51,9 @@ def save_png(image, path):
     disk.write_whole(path, lambda file: image.save(file, "png"))
 
 
-def double(image):
-    return image.resize((2 * image.width, 2 * image.height), Image.NEAREST)
-
-
 def save_named_grid(images, path, columns, rows):
     """A png of uint8 images (rows * columns, 3, H, W) at twice their size, with names beside."""
-    grid = double(tile(images, len(columns)))
+    grid = ImageOps.scale(tile(images, len(columns)), 2, Image.NEAREST)
     page = Image.new("RGB", (90 + grid.width, 20 + grid.height), "white")
     page.paste(grid, (90, 20))
     draw = ImageDraw.Draw(page)
@@ -71,15 +67,13 @@ def save_named_grid(images, path, columns, rows):
 
 
 @torch.no_grad()
-def save_reconstructions(path, kind, tokenizer, pictures):
-    """A png of uint8 pictures (n, 3, H, W) above what a vae or vq makes of them."""
-    x = pictures.to(next(tokenizer.parameters()).device).float() / 255
+def reconstruct(tokenizer, kind, pictures, device):
+    """uint8 (B, 3, H, W) -> uint8, through a "vae" (its posterior mean) or a "vq"."""
+    x = pictures.to(device).float() / 255
     if kind == "vae":
-        y = to_bytes(tokenizer.decode(tokenizer.encode(x * 2 - 1)[0]))
-    else:
-        y = truncate(tokenizer.decode(tokenizers.quantise(tokenizer.encode(x))))
-    both = torch.cat([pictures, y.cpu()])
-    save_named_grid(both, path, [""] * len(pictures), ["original", "decoded"])
+        mean, _ = tokenizer.encode(x * 2 - 1)
+        return to_bytes(tokenizer.decode(mean)).cpu()
+    return truncate(tokenizer.decode(tokenizers.quantise(tokenizer.encode(x)))).cpu()
 
 
 def save_figures(system, folder, seed):
@@ -117,7 +111,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
         masked = system.grid(m[..., None].float())                           # (B, 1, h, w)
         masked = torch.nn.functional.interpolate(masked, discrete.shape[2:]) > 0
         mixed = torch.where(masked, discrete, continuous)
-        frames.append(double(tile(mixed, columns)))
+        frames.append(ImageOps.scale(tile(mixed, columns), 2, Image.NEAREST))
     times = [300] * (len(frames) - 1) + [2000]                               # milliseconds
     disk.write_whole(path, lambda file: frames[0].save(
         file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0))

@@ -203,9 +203,8 @@ class System:
     """
 
     def __init__(self, run, device="cpu", amp="auto", vae=None, prior=None):
-        self.path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
         # the files that a run names are relative to where it is, not to a link to it
-        self.path = self.path.resolve()
+        self.path = disk.checkpoint_file(run).resolve()
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
@@ -245,9 +244,9 @@ class System:
     def load_part(self, kind, given):
         """The vae, vq or prior: the given file, else the one that the run names, else None."""
         file, expected = self.files.get(kind, (None, None))
-        source = given or (file and self.path.parent / file)
-        if not source:
+        if not given and not file:
             return None
+        source = given or self.path.parent / file
         part, _ = backbone.load_model(source, kind)
         found = disk.fingerprint(part)
         may_differ = expected is None or (kind == "prior" and given)
@@ -368,8 +367,6 @@ def parse(argv=None):
                    "folder, which is added to (None: RUN/grid.png)")
     p.add_argument("--count", **count, default=80, help="images")
     p.add_argument("--classes", default="all", help="all, or names or numbers: star,heart,3")
-    p.add_argument("--seed", type=train.within(0, 2 ** 32 - 1, int), metavar="N", default=0,
-                   help="image i of a seed is the same at any batch size, on one kind of device")
     p.add_argument("--truth", action="store_true", help="X_d of held-out pictures, not the prior's")
     p.add_argument("--decode", default="continuous", choices=["continuous", "discrete"],
                    help="discrete: X_d alone, through the bit tokenizer")

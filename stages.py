@@ -86,7 +86,10 @@ def train_tokenizer(args, shared, kind, source):
         return (x.contiguous(memory_format=torch.channels_last),)
 
     def preview(ema):
-        output.save_reconstructions(figure, kind, ema, torch.tensor(pixels[:10]))
+        originals = torch.tensor(pixels[:10])
+        decoded = output.reconstruct(ema, kind, originals, args.device)
+        output.save_named_grid(torch.cat([originals, decoded]), figure, [""] * len(originals),
+                               ["original", "decoded"])
 
     # now it is known which pictures cannot be read
     stage.made_from = dict(pictures=dataset.describe(source, source.skipped))
@@ -100,16 +103,14 @@ def train_tokenizer(args, shared, kind, source):
 def train_prior(args, shared, tokens):
     """Stage prior: p_phi(X_d) on the cached bits."""
     config = dict(N=tokens.N, bits=tokens.bits, classes=len(tokens.classes))
-    made_from = dict(tokens=tokens.made_from)
     stage = checkpoint.Stage(
         kind="prior",
         folder=shared / "prior",
         config=config | backbone.PRESETS[args.preset]["prior"],
-        made_from=made_from,
+        made_from=dict(tokens=tokens.made_from),
         loss=train.prior_loss,
         n=tokens.n,
         get_batch=tokens.batch,
-        meta=made_from,
     )
     if not is_done(args, stage):
         train.fit(args, stage)
@@ -125,18 +126,14 @@ def train_mixar(args, shared, run, tokens):
     disk.check_equal(prior_file, "tokens, bits and classes",
                      (prior.N, prior.bits, prior.classes),
                      (tokens.N, tokens.bits, len(tokens.classes)))
-    if saved["meta"] is None:
+    if "settings" in saved:
+        with disk.reading(prior_file, "prior checkpoint"):
+            vq = saved["settings"]["tokens"]["vq"]
+        # it may have seen other pictures, but its bits must mean the same
+        disk.check_equal(prior_file, "as its bit tokenizer", vq, tokens.made_from["vq"])
+    else:
         train.say(f"the classes of {prior_file} have no names: its first is taken to be "
                   f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
-    else:
-        with disk.reading(prior_file, "prior checkpoint"):
-            was = saved["meta"]["tokens"]
-            vq = was["vq"]
-        if args.prior:
-            # it may have seen other pictures, but its bits must mean the same
-            disk.check_equal(prior_file, "as its bit tokenizer", vq, tokens.made_from["vq"])
-        else:
-            disk.check_same(prior_file, was, tokens.made_from)
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
 
@@ -182,7 +179,6 @@ def describe_run(args, shared, run, tokens, prior):
     return dict(
         data=args.data if args.data == "shapes" else os.path.realpath(args.data),
         classes=tokens.classes,
-        tokens=tokens.made_from,
         latent_mean=tokens.mean.tolist(),
         latent_std=tokens.std.tolist(),
         sampling=sample.SAMPLING[args.preset],
@@ -204,7 +200,8 @@ def check_flags(args):
 
 def check_files(args, shared, run, classes):
     """SystemExit if a batch size, a folder or a file that a flag names does not fit."""
-    pieces = train.world()[1] * args.accumulate
+    _, ranks = train.world()
+    pieces = ranks * args.accumulate
     for kind, recipe in args.recipe.items():
         if recipe["batch"] % pieces:
             raise SystemExit(f"--batch-size {recipe['batch']} (stage {kind}) is not a multiple of "
@@ -224,8 +221,9 @@ def check_files(args, shared, run, classes):
     for kind, file in given.items():
         if not file:
             continue
+        _, saved = backbone.load_model(file, kind)
         # an official file has no config
-        config = backbone.load_model(file, kind)[1].get("config", {})
+        config = saved.get("config", {})
         disk.check_equal(file, "classes", config.get("classes", classes), classes)
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
@@ -238,7 +236,10 @@ def train_stages(args):
     check_flags(args)
     data = "shapes" if args.data == "shapes" else Path(args.data).resolve().name
     shared = Path(args.runs) / data
-    run = Path(args.out or f"{shared}-{args.guidance}{'-ti' if args.ti_mix else ''}")
+    name = f"{shared}-{args.guidance}"
+    if args.ti_mix:
+        name += "-ti"
+    run = Path(args.out or name)
     size = backbone.PRESETS[args.preset]["size"]
     source = dataset.open_source(args.data, "train", size, args.images)
     check_files(args, shared, run, len(source.classes))
@@ -248,14 +249,11 @@ def train_stages(args):
     without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(without):
         train.say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
-    if not args.vae:
-        train_tokenizer(args, shared, "vae", source)
-    if args.stage == "vae":
-        return
-    if not args.vq:
-        train_tokenizer(args, shared, "vq", source)
-    if args.stage == "vq":
-        return
+    for kind, file in (("vae", args.vae), ("vq", args.vq)):
+        if not file:
+            train_tokenizer(args, shared, kind, source)
+        if args.stage == kind:
+            return
     vq_file = args.vq or shared / "vq"
     vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
     vq, _ = backbone.load_model(vq_file, "vq")

@@ -252,8 +252,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # This command is for fewer steps than last.pt has made of its own. Saved again, with
-            # the shorter length, it is `finished`.
+            # it has made more steps than this command asks for: saved again, it is `finished`
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -280,7 +279,8 @@ def train_steps(args, stage, state):
         # take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
         lr = learning_rate(recipe, total_step, state.before)
-        state.set_rate(lr)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         loss, norm, stopping = update(args, loss_module, state, batches, len(received) > 0)
         last = state.step == steps - 1
@@ -417,9 +417,11 @@ def within(low, high=math.inf, kind=float):
 
 
 def parse_flags(p, argv):
-    """Parse the flags of p, and --device. No name may be empty: it would mean this folder."""
+    """Parse the flags of p, --device and --seed. An empty name is refused: it means this folder."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
+    p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
+                   help="of all random numbers")
     args = p.parse_args(argv)
     for flag, value in vars(args).items():
         if value == "":
@@ -459,8 +461,6 @@ def parse(argv=None):
     g = p.add_argument_group("running")
     g.add_argument("--runs", default="runs", help="the folder of all runs")
     g.add_argument("--out", help="the MixAR run (None: RUNS/DATA-GUIDANCE[-ti])")
-    g.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
-                   help="of initial weights, data order, masks and noise")
     g.add_argument("--amp", default="auto", choices=["auto", "fp32", "bf16"],
                    help="precision; auto is bf16 where the device computes in it")
     g.add_argument("--accumulate", **count, default=1, help="take the batch in N parts (not vq's)")

@@ -861,7 +861,7 @@ def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_picture
 def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
     """Of the same shape, but trained on the tokens of another bit tokenizer."""
     saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
-    saved["meta"]["tokens"]["vq"] = "0" * 16
+    saved["settings"]["tokens"]["vq"] = "0" * 16
     torch.save(saved, tmp_path / "prior.pt")
     with pytest.raises(SystemExit, match="prior.pt has 0000000000000000 as its bit tokenizer"):
         train.main(mixar(runs, tmp_path / "run", "--prior", tmp_path / "prior.pt"))
