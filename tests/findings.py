@@ -79,9 +79,9 @@ def pictures_file(data, seed, key):
     return f"runs{seed}/findings/{data}-{key.replace(' ', '-')}.npz"
 
 
-def training(data, seed, name, guidance, *more, program="train.py"):
+def training(data, seed, name, guidance, *more):
     """The row ("train NAME", commands) that trains runsSEED/DATA-NAME."""
-    command = [program, "--guidance", guidance, "--seed", str(seed), "--sample-every", "0"]
+    command = ["train.py", "--guidance", guidance, "--seed", str(seed), "--sample-every", "0"]
     command += ["--runs", f"runs{seed}", "--out", f"runs{seed}/{data}-{name}"]
     if data == "fashion-mnist":
         command += ["--data", SOURCE[data], "--images", "20000"]
@@ -131,12 +131,11 @@ def plan(data, seed):
     rows = [train(guidance, guidance) for guidance in METHODS]
     rows.append(train("longer", "dcmix", *longer))
     rows.append(train("ti", "dcmix", "--ti-mix", *longer))
-    rows.append(train("deeper", "dcmix", program="tests/deeper_train.py"))
     rows.append(train("encoder", "dcmix", "--mix-at", "encoder"))
 
     # Table 1
     rows.append(tokenizer_row(data, seed))
-    for run in (*METHODS, "deeper"):
+    for run in METHODS:
         rows.append(score(run, run, COUNT))
     rows.append(score("discrete", "dcmix", COUNT, "--decode", "discrete", chosen="discrete"))
 
@@ -358,7 +357,6 @@ TABLE_1 = (
     ("**dcmix**", "dcmix", "2.45M"),
     ("dcsa", "dcsa", "2.50M"),
     ("dcca", "dcca", "3.11M"),
-    ("dcmix with a fourth layer", "deeper", "3.07M"),
 )
 SIGHT = (
     ("dcmix: X_d at hidden positions, in the decoder", "dcmix sight"),
@@ -559,7 +557,6 @@ COLOURS = dict(
     dcmix="#c03020",
     dcsa="#2060c0",
     dcca="#209050",
-    deeper="#c08020",
     fixed="#c03020",
     falling="#2060c0",
 )
@@ -682,7 +679,6 @@ def plots(entries):
     """FD against tokens and parameters, and FD against AR steps and diffusion steps."""
     tokens = [(name, count, name) for name, _, count in TABLE_2]
     parameters = [(name, millions, name) for name, millions, _ in TABLE_2]
-    parameters.append(("deeper", 3.07, "deeper"))
     save_figure(entries, "figure7", [("tokens", tokens), ("million parameters", parameters)])
 
     ar = []
