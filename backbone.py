@@ -8,7 +8,7 @@ that their files load.
 
 Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, stages and sample.py.
 Read train.py next.
-Try: python backbone.py          (parameters and tokens beside the paper's Tables 1 and 2)
+Try: python backbone.py          (parameters and tokens beside the paper's)
 
 B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True: to predict.
 """
@@ -150,7 +150,7 @@ class MAR(nn.Module):
     dcsa       the mask token                           a prefix in encoder and decoder
     dcca       the mask token                           cross-attention in every block of both
 
-    In dcmix the encoder sees the visible x_c alone, as in MAR, and Eq. (9)'s x_d skips it [ours].
+    In dcmix the encoder sees the visible x_c alone, as in MAR; Eq. (9)'s x_d bypasses it [ours].
     With mix_at="encoder", the letter of section 3.3, all of Eq. (9)'s x~ goes through both.
 
     N: tokens
@@ -222,9 +222,9 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """Whether the encoder sees a token: V = K + N - N' of a row.   (B, N) -> (B, K + N) bool"""
+        """Which tokens the encoder sees, V in each row.   (B, N) bool -> (B, K + N) bool"""
         if self.mix_at == "encoder":
-            m = torch.zeros_like(m)                                  # all of x~: N' = 0
+            m = torch.zeros_like(m)                                  # all of x~
         return ~nn.functional.pad(m, (self.K, 0))                    # class tokens are visible
 
     def encode(self, x, discrete):
@@ -272,8 +272,8 @@ class MAR(nn.Module):
         seen = embedded[visible].unflatten(0, (len(m), -1))          # (B, V, D)
         seen, discrete = self.encode(seen, discrete)
 
-        # Where the encoder saw nothing, the decoder gets a placeholder: MAR's mask token or, for
-        # DC-Mix, the embedded discrete token of Eq. (9).
+        # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
+        # MAR's mask token or, for DC-Mix, the embedded discrete token of Eq. (9).
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
@@ -425,7 +425,7 @@ class MaskBitPrior(nn.Module):
 # Files, and the sizes of the paper
 
 def heads_of(D):
-    """The attention heads of an official model of width D, which its weights do not show.
+    """How many attention heads an official model of width D has, which its weights do not show.
 
     Each has 64 features, but there are at most 16 [MAR] [MaskBit] and at least 4 [ours].
     """
@@ -446,7 +446,7 @@ def load_model(path, kind):
     with disk.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
             return disk.build(KINDS[kind], saved["config"], saved["ema"]), saved
-        # an official file holds its weights under one of these names, or bare
+        # an official file holds its weights bare or under these names; the average comes last
         state = saved
         for name in ("state_dict", "model", "model_ema"):
             state = saved.get(name, state)

@@ -1,11 +1,11 @@
 """A model in training: its stage, optimiser, moving average, checkpoint and log.
 
 `Stage` says what is trained, and on which data. `State` is what a checkpoint holds. A stopped run
-continues from it, bit for bit. `make_optimizer` is MAR's AdamW, or Muon for every matrix in a block
-of MAR, its head or the prior, and for the VAE's convolutions.
+continues from it, bit for bit. `make_optimizer` is MAR's AdamW, or Muon for the matrices in blocks:
+those of MAR, of its head and of the prior, and the residual blocks of the VAE.
 
 Reads disk.py and backbone.py. Feeds train.py and stages.py.
-With the paper open it can be skipped.
+Not needed to follow the paper.
 Try: head runs/shapes-dcmix/log.csv
 """
 import copy
@@ -31,8 +31,8 @@ def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
     A step replaces x by p x, where p = a I + b G + c G^2 and G = x x^T. After it, G is p G p. So
-    every p follows from the first G without x, which is multiplied once, by the product q of all p.
-    As x is wide, G is small.
+    all p follow from the first G, which is small as x is wide. Their product q is collected, and x
+    is multiplied once, at the end.
 
     g: (k, rows, columns)
     Returns the same shape.
@@ -69,7 +69,7 @@ class Muon(torch.optim.AdamW):
         self.matrices = matrices
 
     def nesterov(self, p):
-        """Update the momentum of p. Returns 5 % of the gradient and 95 % of it, as a matrix."""
+        """Update the momentum of p. Returns 0.05 gradient + 0.95 momentum, as a matrix."""
         if p not in self.state:
             # the names that AdamW's state has
             self.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
@@ -156,8 +156,8 @@ def read_stage(args, stage):
     Returns (None, "") if there is none. SystemExit
         if the stage was begun with another config or made from something else
         if it was begun with another seed or batch, unless it is a finished tokenizer or prior
-        if it is a finished tokenizer or prior, with which tokens and runs were made, but has fewer
-            steps than this command asks for
+        if it is a finished tokenizer or prior, with which tokens and runs were made, and this
+            command asks for more steps
     """
     kind = stage.kind
     if not stage.path.exists():
@@ -276,13 +276,13 @@ class State:
 
 
 class Log:
-    """A progress bar and log.csv, without the rows after `step` that a killed run may have left."""
+    """A progress bar and log.csv. Rows after `step`, which a killed run has left, are removed."""
 
     def __init__(self, args, stage, step):
         recipe = args.recipe[stage.kind]
         path = stage.folder / "log.csv"
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        # neither the header nor a torn row
+        # neither the header nor half a row
         rows = [line for line in lines
                 if line.count(",") == 5 and line[0].isdigit() and line[-1].isdigit()]
         rows = [row for row in rows if int(row.split(",")[0]) <= step]

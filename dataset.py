@@ -4,7 +4,7 @@ The pictures are the embedded set `shapes`, class folders or MNIST-family files.
 
 n pictures, B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
 Reads disk.py, tokenizers.py and picture files. Feeds stages, sample, features and fid.py.
-With the paper open it can be skipped.
+Not needed to follow the paper.
 Try: python train.py --data DIR --stage cache
 """
 import colorsys

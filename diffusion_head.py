@@ -6,8 +6,8 @@ the noise. `denoising_loss` is Eq. (5). `variational_term` trains the variance b
 
 The process is MAR's: cosine schedule, 1000 timesteps, evenly respaced for sampling.
 
-Reads nothing. Feeds backbone.py, whose MAR holds a head: train.py takes its loss and T, sample.py
-its samples. Read backbone.py next.
+Reads nothing. Feeds backbone.py, whose MAR holds a head. train.py calls its loss, sample.py its
+sampler. Read backbone.py next.
 Try: python -m pytest -q -k eq05
 
 M rows (tokens to predict), C = d_c channels, D width of z, W width of the head, T = 1000 timesteps.
@@ -58,7 +58,7 @@ def respace(n):
 
 @functools.cache
 def coefficients(n, device="cpu"):
-    """The coefficients of the n-step process, each (n,) float32, computed in float64.   [MAR]
+    """The coefficients of the n-step process, (n,) float32, computed in float64.   [MAR]
 
     t: the timesteps on the original scale 0 .. 999, int64
     sqrt_abar, sqrt_1m_abar: x_t = sqrt_abar x_0 + sqrt_1m_abar eps
@@ -298,7 +298,7 @@ class DiffusionHead(nn.Module):
 
     def guided(self, x, t, z, z_uncond, scale):
         """The network's eps and v (M, C), with guidance; t is one timestep (). See `sample`."""
-        z = z.float()
+        z = z.float()                                                # see the fp32 of `sample`
         if z_uncond is None:
             return self.net(x, t, z)
         eps, v = self.net(torch.cat([x, x]), t, torch.cat([z, z_uncond.float()]))
@@ -321,8 +321,8 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
         for k in reversed(range(steps)):
-            # Of 100 steps without bound, the first, at t = 999, puts 316 times the error of eps
-            # into x, of fewer steps more. So it is computed in fp32.   [ours]
+            # With 100 steps and no bound, the first, at t = 999, multiplies an error of eps by 316.
+            # With fewer steps it is more. So it is computed in fp32.   [ours]
             first = k == steps - 1
             with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[k], z, z_uncond, scale)

@@ -1,11 +1,11 @@
 """One rule for reading a file, and one for writing it. Weights become a model in `build`.
 
 Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
-do. `write_whole` writes a file whole or not at all. Inside `locked`, no other program writes into
-the folder.
+do. `write_whole` writes a file whole or not at all. Inside `locked`, no other program of ours
+writes into the folder.
 
 Reads no other file of this folder. Feeds all that read or write files.
-With the paper open it can be skipped.
+Not needed to follow the paper.
 Try: echo nothing > no.pt && python sample.py no.pt
 """
 import argparse
@@ -64,7 +64,7 @@ def check_same(path, was, now):
 
 @contextmanager
 def locked(folder):
-    """Inside, no other program may write into `folder`. SystemExit if one is writing there.
+    """Inside, no other program of ours may write into `folder`. SystemExit if one is there.
 
     The system takes the lock back when a program ends in any way. What a killed one left behind
     half written is removed.
@@ -132,7 +132,7 @@ def load_checkpoint(path, kind):
 
     path: a file, or a folder with last.pt
     kind: "vae", "vq", "prior", "mixar" or "classifier"
-    SystemExit if there is no such file, if it is damaged or if train.py saved another kind in it.
+    SystemExit if there is no such file, if it is damaged or if it holds another kind.
     """
     path = checkpoint_file(path)
     if not path.is_file():

@@ -4,7 +4,7 @@
 data set; a distance on its features is never called FID. `load_extractor` opens either.
 
 Reads dataset.py, disk.py and train.py (its precision). Feeds fid.py.
-With the paper open it can be skipped.
+Not needed to follow the paper.
 Try: python fid.py runs/shapes-dcmix shapes
 
 B batch, d features, K classes. Pictures are uint8.

@@ -1,10 +1,10 @@
 """How pictures are written: grids with names, a gif, folders of png files, npz files.
 
-`to_bytes` rounds and `truncate` cuts off, as the official programs do. `sample_folder` continues a
-stopped command. `system` is always a `sample.System`.
+`to_bytes` rounds and `truncate` rounds down, as the official programs do. `sample_folder` continues
+a stopped command. `system` is always a `sample.System`.
 
 Reads disk.py, tokenizers.py and train.py (its processes). Feeds sample, stages and fid.py.
-With the paper open it can be skipped.
+Not needed to follow the paper.
 Try: python sample.py runs/shapes-dcmix --out fill.gif
 """
 import time
@@ -27,7 +27,7 @@ def to_bytes(x):
 
 
 def truncate(x):
-    """Pictures in [0, 1] to uint8, cut off.   [MaskBit]"""
+    """Pictures in [0, 1] to uint8, rounded down.   [MaskBit]"""
     check_finite(x)
     return (x.clamp(0, 1) * 255).byte()
 
@@ -118,8 +118,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
 
 
 def begin_folder(folder, system, args):
-    """Note in `folder` how its pictures are made. SystemExit if it holds those of other settings.
-    """
+    """Write into `folder` how its pictures are made. SystemExit if it holds others."""
     note = folder / "settings.json"
     not_compared = ("out", "count", "batch_size", "device", "amp")
     settings = {name: value for name, value in vars(args).items() if name not in not_compared}

@@ -4,8 +4,8 @@
 all models of a run. Image i of a seed is the same at any batch size and number of processes, since
 its random numbers are a function of (seed, i). A CPU and a GPU draw different ones.
 
-Reads the models, mixing, train (processes, AMP), dataset and output.py. Feeds fid.py and, with
-pictures of a run, stages.py. It is the last of the paper's files.
+Reads disk, the models, mixing, train (processes, AMP), dataset and output.py. Feeds stages.py and
+fid.py. It is the last of the paper's files.
 Try: python sample.py runs/shapes-dcmix --out samples.png
 
 B batch, N tokens, n_now tokens of this AR step, S bit groups of e bits, C = d_c channels.
@@ -92,7 +92,7 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
     choose: choose(logits (B, N, S, 2^e)) samples codes (B, N, S)
     gumbel: gumbel() gives Gumbel noise (B, N, S)
     cfg, power: the guidance scale, see prior_cfg_at
-    temperature: factor of the Gumbel noise, times a share that falls linearly to 0
+    temperature: factor of the Gumbel noise; it falls linearly to 0 over the steps
     Returns bits (B, N, S e) in {-1, +1}.
     """
     e = prior.bits // prior.splits
@@ -196,7 +196,7 @@ class System:
     """All models of a run: what it takes to sample pictures.
 
     run: a run folder, its checkpoint, or an official MAR file, which names no other files
-    amp: precision of the transformers; the tokenizers compute in fp32
+    amp: precision of transformers and head; the tokenizers compute in fp32
     vae, prior: files to use instead of those that the run names
     SystemExit if a file is missing, or not the one that the run was trained with; a given prior may
     be another one.
@@ -208,7 +208,7 @@ class System:
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
-        # No gradient is taken. But autocast keeps bf16 copies only of weights with requires_grad.
+        # requires_grad only so that autocast keeps its bf16 copies of the weights
         self.model = model.to(self.device).requires_grad_(True)
         with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(saved["step"])
@@ -217,7 +217,7 @@ class System:
                 self.meta = describe_official(model)
             self.settings = {name: self.meta["sampling"][name] for name in TINY_SAMPLING}
             self.shared = self.path.parent / self.meta["shared"]
-            # every value is a pair; in a damaged checkpoint this line fails
+            # this unpacks pairs, so that it fails for a damaged checkpoint
             self.files = {kind: (file, fingerprint)
                           for kind, (file, fingerprint) in self.meta["files"].items()}
             self.mean, self.std = tokenizers.check_statistics(
@@ -227,7 +227,7 @@ class System:
         self.vq = self.load_part("vq", None)
         self.prior = self.load_part("prior", prior)
         if self.prior:
-            # as for the weights of MixAR above
+            # as for MixAR above
             self.prior.requires_grad_(True)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
@@ -293,7 +293,7 @@ class System:
                             s["cfg"], s["cfg_schedule"], s["temperature"], s["bound"], on_step)
 
     def in_pieces(self, f, x):
-        """f(x), half a million pixels at a time: 64 pictures of 256 x 256 at once take 24 GB."""
+        """f(x) in pieces of half a million pixels: 64 pictures of 256 x 256 at once take 24 GB."""
         pictures = max(2 ** 19 // self.size ** 2, 1)
         return torch.cat([f(piece) for piece in x.split(pictures)])
 
@@ -321,7 +321,7 @@ class System:
         decode: "continuous" for MixAR's pictures, "discrete" for X_d alone, decoded
         x_d: (B, N, d_d); None lets the prior draw it and adds its time to `prior_seconds`
         """
-        # Plain MAR does without X_d. (compare.png and gifs show one all the same.)
+        # Plain MAR needs no X_d. (compare.png and gifs show one anyway.)
         if x_d is None and (decode == "discrete" or self.model.guidance != "none"):
             start = time.time()
             x_d = self.sample_discrete(seed, indices, y)
@@ -431,7 +431,7 @@ def open_truth(system, count):
 
 
 def write_out(system, out, labels, columns, args):
-    """Sample the pictures and write them to `out`, by all processes, but a gif by the first."""
+    """Sample the pictures and write them to `out`. All processes share the work, but for a gif."""
     given = None
     if args.truth:
         labels, given = open_truth(system, args.count)

@@ -9,7 +9,7 @@
 `train_stages` is what `torchrun train.py` does. A stage that is done is used, not trained again.
 
 Reads train.py (the paper's losses, `fit`), the models, dataset, checkpoint, sample and output.py.
-Feeds train.py, whose `main` calls it. With the paper open it can be skipped.
+Feeds train.py, whose `main` calls it. Not needed to follow the paper.
 Try: python train.py --stage vae
 """
 import os
@@ -217,8 +217,8 @@ def check_files(args, shared, run, classes):
         if a.is_relative_to(b) or b.is_relative_to(a):
             raise SystemExit(f"{ours}, where this run would be, and {other}: one lies in the "
                              "other; choose another --runs or --out")
-    given = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
-    for kind, file in given.items():
+    named = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in named.items():
         if not file:
             continue
         _, saved = backbone.load_model(file, kind)

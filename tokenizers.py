@@ -50,7 +50,7 @@ def codes_to_bits(codes, e):
 
 
 def quantise(z):
-    """The sign of every channel, -1 where z is zero; any shape.   [MaskBit]"""
+    """The sign of every channel, -1 where z is zero; any shape, no gradient.   [MaskBit]"""
     return torch.where(z > 0, 1.0, -1.0)
 
 
@@ -88,8 +88,8 @@ conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 class ResBlock(nn.Module):
     """Norm, SiLU and convolution, twice, beside a shortcut.
 
-    Where the width changes, MaskBit's shortcut projects the output of the two convolutions and
-    drops the input, as its released weights expect.
+    Where the width changes, the shortcut is W x. MaskBit's is W u, of the output u of the two
+    convolutions: x is dropped, as its released weights expect.
     """
 
     def __init__(self, c_in, c, groups, maskbit):
@@ -129,7 +129,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, the first n_attn of them with attention, then `scale` times the size."""
+    """Residual blocks, the first n_attn of them with attention, then a resize by `scale`."""
 
     def __init__(self, c_in, c, blocks, groups, maskbit, n_attn=0, scale=1):
         super().__init__()
@@ -159,7 +159,8 @@ class Level(nn.Module):
 
 
 def levels(widths, blocks, groups, maskbit, scale, attn_at):
-    """One Level for each width. All but the last change the size; number attn_at has attention."""
+    """One Level for each width. All but the last resize; the one at index attn_at has attention.
+    """
     made = nn.Sequential()
     for i, c in enumerate(widths):
         n_attn = blocks if i == attn_at else 0

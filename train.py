@@ -54,7 +54,7 @@ SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of ImageNet, 625 steps each, 100 of them warm-up [MAR]. Other models come as files.
+# 400 epochs of ImageNet, 625 steps each; the first 100 are warm-up [MAR]. Other models are files.
 LARGE_RECIPE = dict(
     mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
                betas=(0.9, 0.95), decay=0.02, draws=4))
@@ -198,7 +198,7 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 def learning_rate(recipe, step, before=0):
     """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
 
-    before: steps of the runs behind --init, else 0. After these the cosine stays at 0.1.   [ours]
+    before: how many of `step` are of runs behind --init. After these the cosine stays at 0.1 [ours]
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -222,7 +222,7 @@ def update(args, loss_module, state, batches, asked_to_stop=False):
     device = batches[0][1].device
     total = torch.zeros((), device=device)
     for k, (batch, rng) in enumerate(batches):
-        # the processes exchange gradients once a step
+        # for DDP: the processes exchange gradients once a step
         loss_module.require_backward_grad_sync = k == len(batches) - 1
         with autocast(args.amp, device):
             loss = loss_module(batch, rng, state.step) / len(batches)
@@ -252,7 +252,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # it has made more steps than this command asks for: saved again, it is `finished`
+            # last.pt names a longer recipe. Saved again, with this command's, it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -333,7 +333,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Backwards it is this process's q: DDP takes the mean."""
+    """The mean of q over the processes. Only this process's q has a gradient; DDP averages it."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -417,7 +417,7 @@ def within(low, high=math.inf, kind=float):
 
 
 def parse_flags(p, argv):
-    """Parse the flags of p, --device and --seed. An empty name is refused: it means this folder."""
+    """Parse the flags of p, --device and --seed. No name may be empty: that is this folder."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
@@ -489,7 +489,7 @@ def add_recipe(args):
 
 
 def main(argv=None):
-    import stages                                                            # it imports this file
+    import stages                                                            # it imports train.py
 
     args = parse(argv)
     with end_in_one_line(), process_group():
