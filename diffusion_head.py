@@ -298,7 +298,7 @@ class DiffusionHead(nn.Module):
 
     def guided(self, x, t, z, z_uncond, scale):
         """The network's eps and v (M, C), with guidance; t is one timestep (). See `sample`."""
-        z = z.float()                                                # see the fp32 of `sample`
+        z = z.float()
         if z_uncond is None:
             return self.net(x, t, z)
         eps, v = self.net(torch.cat([x, x]), t, torch.cat([z, z_uncond.float()]))
