@@ -257,6 +257,10 @@ class State:
                 self.model.load_state_dict(official.state_dict())
                 self.ema.load_state_dict(official.state_dict())
 
+    def set_rate(self, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def save(self):
         """Write last.pt. SystemExit if the weights are not finite."""
         stage = self.stage

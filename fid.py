@@ -397,6 +397,7 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse(argv)
+    train.keep_freed_memory()
     with train.end_in_one_line():
         evaluate(args)
 

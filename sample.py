@@ -455,6 +455,7 @@ def write_out(system, out, labels, columns, args):
 
 def main(argv=None):
     args = parse(argv)
+    train.keep_freed_memory()
     with train.end_in_one_line(), train.process_group():
         system = open_run(args)
         out = Path(args.out or system.path.parent / "grid.png")

@@ -12,6 +12,7 @@ masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
 import copy
+import ctypes
 import gc
 import math
 import os
@@ -40,15 +41,12 @@ SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for th
 
 # The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
 # along a cosine, with `muon` the matrices in blocks get Muon's updates. `draws` is R.     [ours]
+COMMON = dict(anneal=True, muon=True, betas=(0.9, 0.95))
 TINY_RECIPE = dict(
-    vae=dict(steps=400, batch=16, lr=3e-3, warmup=20, anneal=True, muon=True, betas=(0.9, 0.95),
-             decay=0.0),
-    vq=dict(steps=600, batch=16, lr=3e-4, warmup=20, anneal=True, muon=False, betas=(0.9, 0.95),
-            decay=0.0),
-    prior=dict(steps=600, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.96),
-               decay=0.045),
-    mixar=dict(steps=1000, batch=32, lr=5e-3, warmup=50, anneal=True, muon=True, betas=(0.9, 0.95),
-               decay=0.02, draws=1))
+    vae=COMMON | dict(steps=400, batch=16, lr=3e-3, warmup=20, decay=0.0),
+    vq=COMMON | dict(steps=600, batch=16, lr=3e-4, warmup=20, decay=0.0, muon=False),
+    prior=COMMON | dict(steps=600, batch=32, lr=5e-3, warmup=50, decay=0.045, betas=(0.9, 0.96)),
+    mixar=COMMON | dict(steps=1000, batch=32, lr=5e-3, warmup=50, decay=0.02, draws=1))
 # For one GPU and an evening. It was tried for a few steps only.                 [ours]
 SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
@@ -56,8 +54,8 @@ SMALL_RECIPE = {
     for kind, recipe in TINY_RECIPE.items()}
 # 400 epochs of ImageNet, 625 steps each; the first 100 are warm-up [MAR]. Other models are files.
 LARGE_RECIPE = dict(
-    mixar=dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, anneal=False, muon=False,
-               betas=(0.9, 0.95), decay=0.02, draws=4))
+    mixar=COMMON | dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, decay=0.02, draws=4,
+                        anneal=False, muon=False))
 RECIPES = dict(tiny=TINY_RECIPE, small=SMALL_RECIPE, base=LARGE_RECIPE, large=LARGE_RECIPE,
                huge=LARGE_RECIPE)
 
@@ -177,8 +175,7 @@ def data_order(seed, epoch, n):
 def step_batches(args, get_batch, n, B, total_step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
-    Every epoch leaves out its last n mod B pictures; with n < B, pictures repeat. Dropout is seeded
-    here, apart from `Rng`. total_step counts the steps of --init, too.
+    Every epoch leaves out its last n mod B pictures; if n < B, they repeat. Dropout is seeded, too.
     """
     rank, ranks = world()
     torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + total_step) * ranks + rank)
@@ -279,8 +276,7 @@ def train_steps(args, stage, state):
         # take total_step. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
         lr = learning_rate(recipe, total_step, state.before)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        state.set_rate(lr)
         batches = step_batches(args, stage.get_batch, stage.n, recipe["batch"], total_step, parts)
         loss, norm, stopping = update(args, loss_module, state, batches, len(received) > 0)
         last = state.step == steps - 1
@@ -290,9 +286,8 @@ def train_steps(args, stage, state):
         else:
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and last):
-            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps in a row, at step "
-                             f"{state.step}; lower --lr (of mixar) or lr in RECIPES, or begin anew "
-                             f"without {stage.path}")
+            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps, at {state.step}; "
+                             f"lower --lr (of mixar) or lr in RECIPES, or remove {stage.path}")
         state.step += 1
         preview_due = stage.preview and args.sample_every and state.step % args.sample_every == 0
         if rank == 0:
@@ -377,8 +372,7 @@ def end_in_one_line():
         yield
     except (OSError, MemoryError, OverflowError) as error:
         reason = str(error) or type(error).__name__
-        raise SystemExit(f"cannot go on: {reason}; fix that, or choose other folders or numbers"
-                         ) from None
+        raise SystemExit(f"cannot go on: {reason}; choose other folders or numbers") from None
 
 
 @contextmanager
@@ -400,10 +394,17 @@ def process_group():
 def autocast(amp, device):
     """The precision of --amp: auto is bf16 on CUDA and on CPUs that compute in it, else fp32."""
     cpu = torch.cpu.get_capabilities()
-    has_bf16 = device.type == "cuda" or cpu.get("amx_tile") or cpu.get("avx512_bf16")
-    if amp == "auto" and not has_bf16:
-        amp = "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp != "fp32")
+    has_bf16 = device.type == "cuda" or bool(cpu.get("amx_tile") or cpu.get("avx512_bf16"))
+    enabled = amp == "bf16" or (amp == "auto" and has_bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def keep_freed_memory():
+    """The C library keeps freed memory for the next step, so that steps on a CPU take less time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):                                             # where it is glibc
+        libc.mallopt(-4, 0)                                                  # M_MMAP_MAX
+        libc.mallopt(-1, -1)                                                 # M_TRIM_THRESHOLD
 
 
 def within(low, high=math.inf, kind=float):
@@ -433,7 +434,6 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=within(1, kind=int), metavar="N")
-    stages = ["vae", "vq", "cache", "prior", "mixar"]
     g = p.add_argument_group("what to train")
     g.add_argument("--data", default="shapes", help="shapes or a folder of pictures")
     g.add_argument("--images", **count, help="use at most N pictures")
@@ -444,9 +444,9 @@ def parse(argv=None):
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"],
                    help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
-    g.add_argument("--init", metavar="RUN",
-                   help="continue from this MixAR run or official MAR [paper 4.3]")
-    g.add_argument("--stage", default="mixar", choices=stages, help="stop after this stage")
+    g.add_argument("--init", metavar="RUN", help="train on this run or official MAR [paper 4.3]")
+    g.add_argument("--stage", default="mixar", choices=["vae", "vq", "cache", "prior", "mixar"],
+                   help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")
     g.add_argument("--vae", metavar="FILE", help="use this VA-VAE, KL-16 or vae of ours")
     g.add_argument("--vq", metavar="FILE", help="use this tokenizer of MaskBit or vq of ours")
@@ -490,8 +490,8 @@ def add_recipe(args):
 
 def main(argv=None):
     import stages                                                            # it imports train.py
-
     args = parse(argv)
+    keep_freed_memory()
     with end_in_one_line(), process_group():
         stages.train_stages(args)
 
