@@ -23,16 +23,16 @@ from tqdm import tqdm
 import backbone
 import disk
 
-EMA_DECAY = 0.9999           # of the moving average, after its warm-up        [MAR]
+EMA_DECAY = 0.9999           # of the moving average from update 90,000 on     [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
 
 
 def orthogonal(g):
     """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
-    A step replaces x by p x, where p = a I + b G + c G^2 and G = x x^T. After it, G is p G p. So
-    all p follow from the first G, which is small as x is wide. Their product q is collected, and x
-    is multiplied once, at the end.
+    A step is x <- p x with p = 3.4445 I - 4.775 G + 2.0315 G^2 and G = x x^T. The next G is then
+    p G p. So every p can be computed from the first G, and x is multiplied once, by the product q
+    of all p. G is smaller than x if x is wide; tall matrices are transposed.
 
     g: (k, rows, columns)
     Returns the same shape.
@@ -172,7 +172,7 @@ def read_stage(args, stage):
             # seed and batch decide which pictures the next steps see
             may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], may_not_change)
-        # what may change is only said
+        # what may change is only said; what is not in `was` is not compared
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         was["seed"] = saved["settings"]["seed"]
         if kind == "mixar":
@@ -229,7 +229,7 @@ class State:
         self.optimizer = make_optimizer(self.model, args.recipe[stage.kind])
 
     def load(self, saved):
-        """Take over everything from a checkpoint of train.py."""
+        """Take over weights, average, optimiser and steps from a checkpoint of train.py."""
         for name, module in (("model", self.model), ("ema", self.ema)):
             disk.check_weights(module, saved[name])
             module.load_state_dict(saved[name])

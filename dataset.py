@@ -169,7 +169,7 @@ class Folder:
 
 
 def idx_files(root, pattern="*"):
-    """The MNIST-family files in a folder, gz or not, whose names end as the pattern says."""
+    """The MNIST-family files in a folder, gz or not, with `pattern` before "idx" in their names."""
     return sorted(path for path in root.glob(f"{pattern}idx?-ubyte*") if path.is_file())
 
 
@@ -194,7 +194,7 @@ def read_idx(root, part, content, axes):
 
 
 class Idx:
-    """MNIST-family files. Small pictures are padded with black to `size`, larger ones resized."""
+    """MNIST-family files. Pictures are padded with black to `size`, or cropped to it."""
 
     mirror = False                     # digits and shoes point one way
     clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -312,20 +312,20 @@ def open_source(data, split, size, count):
     size: their height and width
     count: how many, None for all (of the endless shapes 10,000)
     """
-    root = Path(data)
+    root = Path(data).resolve()
     if data == "shapes":
         source = Shapes(split, size, count or 10000)
     elif not root.is_dir():
         raise SystemExit(f"{data}: no such folder; give a folder of pictures, or shapes")
     elif idx_files(root):
-        source = Idx(root.resolve(), split, size, count)
+        source = Idx(root, split, size, count)
     elif idx_files(root / "raw"):
         raise SystemExit(f"{data}: its files lie in {root / 'raw'}; give that folder")
     else:
-        source = Folder(root.resolve(), split, size, count)
+        source = Folder(root, split, size, count)
     if len(source.labels) == 0:
         raise SystemExit(f"{data}: no pictures")
-    source.data = data if data == "shapes" else str(root.resolve())
+    source.data = data if data == "shapes" else str(root)
     source.skipped = []
     return source
 
@@ -399,14 +399,14 @@ def begin_cache(folder, source, example):
 def cache_tokens(folder, source, vae, vq, device, batch=None):
     """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy.
 
-    status.npy holds 0 for a picture to do, 1 for one done and 2 for an unreadable one, so that a
-    killed run goes on. meta.json holds the mean and deviation of x_c. One process writes them.
+    status.npy holds 1 for each picture that is done, so that a killed run goes on. meta.json holds
+    the mean and deviation of x_c. One process writes them.
     SystemExit if the folder was made from other pictures or tokenizers.
     """
     meta = disk.read_json(folder / "meta.json")
     made_with = dict(vae=disk.fingerprint(vae), vq=disk.fingerprint(vq))
     if not meta:
-        black = np.zeros((1, 3, source.size, source.size), np.uint8)
+        black = np.zeros((1, 3, source.size, source.size), np.uint8)         # gives the shapes
         example = tokenizers.encode_pictures(black, vae, vq, device, source.mirror)
         example |= dict(status=np.zeros(1, np.uint8), labels=source.labels[:1])
         begin_cache(folder, source, example)
@@ -415,6 +415,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     with disk.reading(folder / "meta.json", "note of a token cache; remove it"):
         now = describe(source, meta["skipped"]) | made_with
         disk.check_same(folder, meta["made_from"], now)
+    # the mean is written last
     if "mean" in meta:
         return
     arrays = open_arrays(folder, "r+")
@@ -441,9 +442,8 @@ def fill_cache(arrays, source, vae, vq, device, batch):
                 encoded = tokenizers.encode_pictures(x, vae, vq, device, source.mirror)
                 for name, value in encoded.items():
                     arrays[name][good] = value
-            # The status comes last, when the rows themselves are there.
-            status[rows] = 2
-            status[good] = 1                                                 # 2 is left for the bad
+            # it comes last, when the rows themselves are there
+            status[good] = 1
     report_skipped(source, reasons)
 
 

@@ -184,7 +184,7 @@ def linear(d_in, d_out, std=None):
 
 
 def zero_linear(d_in, d_out):
-    """A linear layer that starts as zero.   [MAR]"""
+    """A linear layer that starts as zero: the last one and every adaLN_modulation.   [MAR]"""
     layer = linear(d_in, d_out)
     nn.init.zeros_(layer.weight)
     return layer

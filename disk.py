@@ -159,7 +159,7 @@ def build(cls, config, state):
 
     ValueError naming a weight that is not finite or of another kind than the model's.
     """
-    # a damaged config must not build millions of layers
+    # a damaged config must not build millions of layers, or heads that do not divide the width
     depths = [config.get(name, 0) for name in ("depth", "head_depth", "blocks")]
     if max(depths) > len(state) or config.get("D", 0) % config.get("heads", 1):
         raise ValueError(f"no model with {len(state)} weights has the config {config}")
@@ -189,6 +189,6 @@ def count_modules(state, prefix):
 
 
 def check_equal(path, what, found, expected):
-    """SystemExit if a number of the model at `path` is not that of the models it works with."""
+    """SystemExit if something of the file at `path` is not as in what it is used with."""
     if found != expected:
         raise SystemExit(f"{path} has {found} {what}; what it is used with has {expected}")

@@ -317,7 +317,7 @@ def load_extractor(path, resize, size, device):
             if not size:
                 raise SystemExit(f"{path}: Inception's features without a run need --size")
             model = Inception(resize, size)
-            # the released file has no counters of batches, which PyTorch excuses in a plain dict
+            # The released file has no counters of batches. A plain dict may lack them.
             weights = dict(saved)
             about = {}
             release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"

@@ -5,8 +5,8 @@
 features; `frechet_distance` compares those of two sets.
 
 A run is sampled with its own settings. For other settings, write the pictures with sample.py first.
-Reads runs through sample.py, data sets through dataset.py and networks through features.py, writes
-JSON. It is the last file.
+Reads runs through sample.py, data sets through dataset.py and networks through features.py, besides
+disk, output and train.py. Writes JSON. It is the last file.
 Try: python fid.py runs/shapes-dcmix shapes
 
 B batch, n pictures, d features, K classes. All statistics are float64.
@@ -110,12 +110,10 @@ def find_weights(args, run, data):
 
 
 def open_extractor(args, a, b):
-    """The feature network of --features."""
+    """The feature network of --features; a classifier is that of the run, else of B, else of A."""
     run = a.run or (b and b.run)
     data = a.data
-    if run:
-        data = run.meta["data"]
-    elif b and b.data:
+    if b and b.data and not a.run:
         data = b.data
     path = find_weights(args, run, data)
     return features.load_extractor(path, args.resize, args.size or (run and run.size), args.device)
@@ -164,10 +162,10 @@ class PictureSet:
         if not path.is_dir():
             raise SystemExit(f"{path}: no such run, folder, npz file or data set (shapes is one)")
         has_folders = any(inside.is_dir() for inside in path.iterdir())
-        return "data" if has_folders or list(path.glob("*idx?-ubyte*")) else "folder"
+        return "data" if has_folders or dataset.idx_files(path) else "folder"
 
     def open(self, count, size, args):
-        """The first `count` pictures, or all of them if it is None.
+        """`count` pictures, or all of them if it is None.
 
         size: side to which the pictures of folders and data sets are cropped.
 
@@ -360,13 +358,15 @@ def check_writable(file, suffix, inputs):
     """
     path = Path(file)
     named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
-    fits = path.suffix == suffix and not named_twice
-    if fits and path.exists():
-        fits = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
-    if not fits:
+    allowed = path.suffix == suffix and not named_twice
+    if allowed and path.exists():
+        ours = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
+        allowed = bool(ours)
+    if not allowed:
         raise SystemExit(f"{file}: name a new {suffix} file, or one that fid.py wrote and that is "
                          "not measured here")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # fails now where nothing can be written
     tempfile.TemporaryFile(dir=path.parent).close()
 
 

@@ -95,7 +95,7 @@ def save_figures(system, folder, seed):
 
 
 def save_gif(path, system, y, seed, columns, x_d=None):
-    """A gif of Eq. (9)'s mixed sequence: discrete patches give way to continuous ones.
+    """A gif in which discrete patches give way to continuous ones, in the order of generation.
 
     x_d: (B, N, d_d), used instead of the prior's
     """

@@ -386,7 +386,10 @@ def parse(argv=None):
 
 
 def open_run(args):
-    """The System of args.run, with the files and settings that flags give."""
+    """The System of args.run, with the files and settings that flags give.
+
+    SystemExit if flags do not go together, or for more steps than a picture has tokens or codes.
+    """
     system = System(args.run, args.device, args.amp, args.vae, args.prior)
     flags = dict(
         ar_steps=args.ar_steps, diffusion_steps=args.diffusion_steps, cfg=args.cfg,
@@ -404,7 +407,7 @@ def open_run(args):
     for name, n in most.items():
         if system.settings[name] > n:
             raise SystemExit(f"--{name.replace('_', '-')} {system.settings[name]}: more than the "
-                             f"{n} that a picture has")
+                             f"{n} tokens or codes of a picture")
     return system
 
 

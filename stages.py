@@ -64,8 +64,8 @@ def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    # Until the pictures are read, the unreadable ones are taken to be those of the earlier run.
-    # So a stage that is done need not read any.
+    # Which pictures cannot be read is known only after reading all. Until then they are taken to be
+    # those of the earlier run, so that a stage that is done need not read any.
     stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
@@ -73,7 +73,7 @@ def train_tokenizer(args, shared, kind, source):
         made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
         loss=vae_loss if kind == "vae" else vq_loss,
     )
-    # a stage that is done but has no figure goes through `fit`, which then only draws that
+    # without its figure, a stage that is done goes through `fit`, which takes no step and draws it
     if figure.is_file() and is_done(args, stage):
         return
     pixels, _ = dataset.read_all(source)
@@ -138,7 +138,7 @@ def train_mixar(args, shared, run, tokens):
                   guidance=args.guidance, mix_at=args.mix_at)
 
     def preview(ema):
-        # instead of `ema`, it takes the same weights from last.pt, which `fit` has just saved
+        # instead of `ema`, it takes the same weights from last.pt, which `fit` has saved
         system = sample.System(run, args.device, amp=args.amp)
         if args.preset != "tiny":
             # these pictures then take seconds, not minutes

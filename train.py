@@ -145,9 +145,9 @@ class Loss(nn.Module):
 class Rng:
     """The random numbers of a step, but for dropout: a function of (seed, step).
 
-    rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and keeps the
-    rows of this process, or those of part `part` of `parts` (--accumulate). So they do not depend
-    on the number of processes. rng.shared(f, *shape) gives the same numbers to all.
+    rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and returns
+    the rows `self.rows`: those of this process, or of its part `part` of `parts` (--accumulate). So
+    they do not depend on the number of processes. rng.shared(f, *shape) is the same for all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -249,7 +249,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # last.pt names a longer recipe. Saved again, with this command's, it is `finished`.
+            # It was begun for more steps than this command's. Saved again, it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -328,7 +328,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Only this process's q has a gradient; DDP averages it."""
+    """The mean of q over the processes, with the gradient of this process's q: DDP averages it."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -444,7 +444,7 @@ def parse(argv=None):
     g.add_argument("--mix-at", default="decoder", choices=["decoder", "encoder"],
                    help="where dcmix's discrete tokens enter [ours]")
     g.add_argument("--ti-mix", action="store_true", help="TI-Mix, Eqs. 10 to 12 [paper 3.4]")
-    g.add_argument("--init", metavar="RUN", help="train on this run or official MAR [paper 4.3]")
+    g.add_argument("--init", metavar="RUN", help="continue this run or official MAR [paper 4.3]")
     g.add_argument("--stage", default="mixar", choices=["vae", "vq", "cache", "prior", "mixar"],
                    help="stop after this stage")
     g.add_argument("--preset", default="tiny", choices=RECIPES, help="sizes, see backbone.py")

@@ -171,8 +171,8 @@ def plan(data, seed):
                 rows.append(train(name, guidance, "--steps", str(n)))
                 rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
 
-    # DC-SA of today's recipe, to be compared with a prefix in the encoder alone
-    rows.append(score("curve dcsa", "dcsa", FEW))
+    # the others after as many steps; dcsa, to be compared with a prefix in the encoder alone, too
+    rows += [score(f"curve {guidance}", guidance, FEW) for guidance in ("dcsa", "dcca")]
 
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:

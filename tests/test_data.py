@@ -140,7 +140,7 @@ def test_a_repaired_picture_is_taken_by_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "write_json", write_unless_complete)
     vae, vq = tiny_tokenizers()
     dataset.cache_tokens(tmp_path, source, vae, vq, "cpu")
-    assert np.load(tmp_path / "status.npy")[7] == 2
+    assert np.load(tmp_path / "status.npy")[7] == 0
     dataset.cache_tokens(tmp_path, shapes(20), vae, vq, "cpu")
     assert np.load(tmp_path / "status.npy")[7] == 1
 
@@ -571,7 +571,7 @@ def test_a_stopped_cache_goes_on_where_it_was(folder, tmp_path):
     assert all((whole[name] == resumed[name]).all() for name in whole)
     # Picture 0 is broken; it is read again and named at the end.
     assert sorted(set(numbers)) == [0, 4, 5]
-    assert whole["status"].tolist() == [2, 1, 1, 1, 1, 1]
+    assert whole["status"].tolist() == [0, 1, 1, 1, 1, 1]
     tokens = dataset.Tokens(tmp_path / "stopped")
     assert tokens.n == 5
     assert tokens.labels.tolist() == [0, 0, 1, 1, 1]
