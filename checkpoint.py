@@ -290,8 +290,8 @@ class Log:
         rows = [line for line in lines
                 if line.count(",") == 5 and line[0].isdigit() and line[-1].isdigit()]
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
-        head = "step,loss,lr,grad_norm,images_per_second,seconds"
-        text = "\n".join([head, *rows]) + "\n"
+        header = "step,loss,lr,grad_norm,images_per_second,seconds"
+        text = "\n".join([header, *rows]) + "\n"
         disk.write_whole(path, lambda file: file.write(text.encode()))
         self.file = path.open("a", buffering=1)                              # row by row
         self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0

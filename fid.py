@@ -218,8 +218,8 @@ def load_statistics(path, extractor):
     with disk.reading(path, "file of statistics"):
         mu = saved["mu"]
         sigma = saved["sigma"]
-        numbers = np.isfinite(mu).all() and np.isfinite(sigma).all() and np.isrealobj(mu)
-        if not numbers or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
+        valid = np.isfinite(mu).all() and np.isfinite(sigma).all() and np.isrealobj(mu)
+        if not valid or not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
             raise ValueError("mu or sigma is not finite, or sigma is not a covariance")
         n = int(saved["n"]) if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"

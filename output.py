@@ -120,8 +120,8 @@ def save_gif(path, system, y, seed, columns, x_d=None):
 def begin_folder(folder, system, args):
     """Write into `folder` how its pictures are made. SystemExit if it holds others."""
     note = folder / "settings.json"
-    not_compared = ("out", "count", "batch_size", "device", "amp")
-    settings = {name: value for name, value in vars(args).items() if name not in not_compared}
+    left_out = ("out", "count", "batch_size", "device", "amp")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= system.settings | dict(step=system.step, weights=disk.fingerprint(system.model))
     pictures = list(folder.glob("*.png"))
     if pictures:
@@ -134,10 +134,10 @@ def begin_folder(folder, system, args):
         print(f"{folder} holds {more} pictures more than --count {args.count}; they stay")
 
 
-def sample_folder(system, folder, labels, args, given):
+def sample_folder(system, folder, labels, args, truth):
     """A png of every image in `folder`, by all processes; those that are there are kept.
 
-    given: given(indices) is the X_d of these images, or None if the prior draws it
+    truth: truth(indices) is the X_d of these images, or None if the prior draws it
     SystemExit if the folder holds samples of other settings.
     """
     rank, ranks = train.world()
@@ -152,7 +152,7 @@ def sample_folder(system, folder, labels, args, given):
     for k in tqdm(starts, "samples", disable=rank > 0 or not missing):
         indices = missing[k:k + args.batch_size]
         start = time.time()
-        x_d = given(indices) if given else None
+        x_d = truth(indices) if truth else None
         y = torch.tensor(labels[indices], device=system.device)
         pictures = system.sample(args.seed, indices, y, args.decode, x_d)
         seconds += time.time() - start

@@ -241,15 +241,15 @@ class System:
             found = (self.prior.N, self.prior.bits, self.prior.classes)
             disk.check_equal(run, "tokens, bits, classes", (model.N, bits, classes), found)
 
-    def load_part(self, kind, given):
-        """The vae, vq or prior: the given file, else the one that the run names, else None."""
-        file, expected = self.files.get(kind, (None, None))
-        if not given and not file:
+    def load_part(self, kind, file):
+        """The vae, vq or prior: in this file, else in the one that the run names, else None."""
+        named, expected = self.files.get(kind, (None, None))
+        if not file and not named:
             return None
-        source = given or self.path.parent / file
+        source = file or self.path.parent / named
         part, _ = backbone.load_model(source, kind)
         found = disk.fingerprint(part)
-        may_differ = expected is None or (kind == "prior" and given)
+        may_differ = expected is None or (kind == "prior" and file)
         if found != expected and not may_differ:
             raise SystemExit(f"{source}: {self.path} was trained with the {kind} {expected}, "
                              f"not with {found}")
@@ -412,7 +412,7 @@ def open_run(args):
 
 
 def open_truth(system, count):
-    """The classes of the held-out pictures behind --truth, and given(indices), which is their X_d.
+    """The classes of the held-out pictures behind --truth, and truth(indices), which is their X_d.
 
     SystemExit if there are fewer than `count`, or pictures of other classes.
     """
@@ -423,26 +423,26 @@ def open_truth(system, count):
         raise SystemExit(f"--truth --count {count}: {data} does not have that many held-out "
                          "pictures of the run's classes")
 
-    def given(indices):
+    def truth(indices):
         pictures = [source.read(i) for i in indices]
         for picture in pictures:
             if isinstance(picture, str):
                 raise SystemExit(f"--truth needs every held-out picture; one is damaged: {picture}")
         return system.encode_discrete(np.stack(pictures))
 
-    return source.labels, given
+    return source.labels, truth
 
 
 def write_out(system, out, labels, columns, args):
     """Sample the pictures and write them to `out`. All processes share the work, but for a gif."""
-    given = None
+    truth = None
     if args.truth:
-        labels, given = open_truth(system, args.count)
+        labels, truth = open_truth(system, args.count)
     rank, _ = train.world()
     if out.suffix == ".gif":
         if rank == 0:
             y = torch.tensor(labels, device=system.device)
-            x_d = given(range(args.count)) if given else None
+            x_d = truth(range(args.count)) if truth else None
             output.save_gif(out, system, y, args.seed, columns, x_d)
         return
     folder = out.with_name(f"{out.name}.parts") if out.suffix else out
@@ -451,7 +451,7 @@ def write_out(system, out, labels, columns, args):
         raise SystemExit(f"{folder} holds files that are not samples, such as {files[0]}; "
                          "choose another --out")
     with disk.locked(folder) if rank == 0 else nullcontext():
-        output.sample_folder(system, folder, labels, args, given)
+        output.sample_folder(system, folder, labels, args, truth)
         if rank == 0 and out.suffix:
             output.pack(folder, args.count, out, columns)
 

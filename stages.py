@@ -171,11 +171,11 @@ def describe_run(args, shared, run, tokens, prior):
     """
     # links are followed first, since `..` leads out of the folder that a link points to
     to_shared = os.path.relpath(os.path.realpath(shared), os.path.realpath(run))
-    fingerprints = tokens.made_from | dict(prior=disk.fingerprint(prior))
+    made_from = tokens.made_from | dict(prior=disk.fingerprint(prior))
     files = {}
-    for kind, given in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
-        path = os.path.realpath(given) if given else f"{to_shared}/{kind}"
-        files[kind] = (path, fingerprints[kind])
+    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior).items():
+        path = os.path.realpath(file) if file else f"{to_shared}/{kind}"
+        files[kind] = (path, made_from[kind])
     return dict(
         data=args.data if args.data == "shapes" else os.path.realpath(args.data),
         classes=tokens.classes,

@@ -212,7 +212,7 @@ RENAMED = {
 }
 
 
-def read_official(state):
+def rename_official(state):
     """An official tokenizer's weights under our names, and its width, mult and blocks."""
     for official, own in RENAMED.items():
         state = {key.replace(official, own): value for key, value in state.items()}
@@ -243,7 +243,7 @@ class KLVAE(nn.Module):
     @classmethod
     def from_official(cls, state):
         """The model in an official file {name: tensor} of VA-VAE or KL-16.   [VA-VAE] [MAR]"""
-        state, config = read_official(state)
+        state, config = rename_official(state)
         last = disk.count_modules(state, "decoder.up.") - 1
         ours = {}
         for key, value in state.items():
@@ -285,7 +285,7 @@ class BitVQ(nn.Module):
     @classmethod
     def from_official(cls, state):
         """The model in an official file {name: tensor} of MaskBit's tokenizer.   [MaskBit]"""
-        state, config = read_official(state)
+        state, config = rename_official(state)
         config["bits"] = len(state["encoder.conv_out.weight"])
         return disk.build(cls, config, state)
 

@@ -269,7 +269,7 @@ def train_steps(args, stage, state):
         loss_module = nn.parallel.DistributedDataParallel(loss_module)
     log = checkpoint.Log(args, stage, state.step) if rank == 0 else None
     # a signal during a step is acted on after it, by all processes together; see `update`
-    received = finish_step_on_signal()
+    received = collect_signals()
     failed = 0
     while state.step < steps:
         # With --init RUN, data order, random numbers, rate and average go on where RUN ended: they
@@ -352,7 +352,7 @@ def end_at_once_on_signal(received=()):
         stop(received[0], None)
 
 
-def finish_step_on_signal():
+def collect_signals():
     """Returns a list to which SIGNALS are added from now on. `train_steps` looks at it."""
     received = []
     for number in SIGNALS:
