@@ -511,6 +511,16 @@ def figure_1(entries):
     return markdown(["steps", "none, FD", "seconds", "dcmix, FD", "seconds"], rows)
 
 
+def after_1000(entries):
+    """The guidances on shapes after the 1,000 steps of today's recipe."""
+    rows = []
+    for guidance in METHODS:
+        FD = found(entries, "shapes", f"curve {guidance}")
+        CS = found(entries, "shapes", f"curve {guidance}", "CS")
+        rows.append([guidance, ", ".join(f"{d:.2f}" for d in FD), cell(FD), cell(CS)])
+    return markdown(["shapes", "FD, seeds 0 to 2", "FD", "CS"], rows)
+
+
 def ar_steps(entries):
     head = ["AR steps", "shapes, none", "shapes, dcmix"]
     head += ["fashion-mnist, none", "fashion-mnist, dcmix"]
@@ -543,6 +553,7 @@ def tables(entries):
         "X_d alone": x_d_alone(entries),
         "prefix of DC-SA": prefix(entries),
         "Figure 1": figure_1(entries),
+        "1,000 steps": after_1000(entries),
         "AR steps": ar_steps(entries),
         "diffusion steps": diffusion_steps(entries),
     }

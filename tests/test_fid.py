@@ -491,7 +491,8 @@ def test_statistics_are_saved_and_read_back(measured, tmp_path):
     # before the other pictures are measured
     with pytest.raises(SystemExit, match="of which --count takes no part"):
         measured(str(file), "nowhere.npz", "--count", "3")
-    for number, wrong in enumerate([-saved["sigma"], np.triu(saved["sigma"])]):
+    # the last one has a positive diagonal and the eigenvalue -1
+    for number, wrong in enumerate([-saved["sigma"], np.triu(saved["sigma"]), 2 - np.eye(144)]):
         np.savez(tmp_path / f"wrong{number}.npz", mu=saved["mu"], sigma=wrong)
         words = f"wrong{number}.npz: not a .*, or sigma is not a covariance"
         with pytest.raises(SystemExit, match=words):
