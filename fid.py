@@ -221,7 +221,7 @@ def load_statistics(path, extractor):
         valid = np.isfinite(mu).all() and np.isfinite(sigma).all() and np.isrealobj(mu)
         valid = valid and np.allclose(sigma, sigma.T)
         # an eigenvalue just below 0 is a rounding error
-        if not valid or np.linalg.eigvalsh(sigma).min() < -1e-3 * np.trace(sigma):
+        if not valid or np.linalg.eigvalsh(np.float64(sigma)).min() < -1e-3 * np.trace(sigma):
             raise ValueError("mu or sigma is not finite, or sigma is not a covariance")
         n = int(saved["n"]) if "n" in saved else "not recorded"
         name = saved["extractor"].item() if "extractor" in saved else "not recorded"
