@@ -249,7 +249,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # It was begun for more steps than this command's. Saved again, it is `finished`.
+            # It was begun for more steps than these. Saved again with these, it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -286,7 +286,7 @@ def train_steps(args, stage, state):
         else:
             say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and last):
-            raise SystemExit(f"{kind}: the loss was not finite in {failed} steps, at {state.step}; "
+            raise SystemExit(f"{kind}: loss not finite in {failed} steps up to {state.step}; "
                              f"lower --lr (of mixar) or lr in RECIPES, or remove {stage.path}")
         state.step += 1
         preview_due = stage.preview and args.sample_every and state.step % args.sample_every == 0

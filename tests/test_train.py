@@ -867,6 +867,22 @@ def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
         train.main(mixar(runs, tmp_path / "run", "--prior", tmp_path / "prior.pt"))
 
 
+def test_the_c_library_is_told_to_keep_memory(monkeypatch):
+    """M_MMAP_MAX 0: no block is mapped by itself. M_TRIM_THRESHOLD -1: nothing is given back."""
+    said = []
+
+    class Glibc:
+        def mallopt(self, parameter, value):
+            said.append((parameter, value))
+
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: Glibc())
+    train.keep_freed_memory()
+    assert said == [(-4, 0), (-1, -1)]
+    # another C library has no mallopt
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: object())
+    train.keep_freed_memory()
+
+
 def test_a_rank_without_torchrun_is_one_process(monkeypatch):
     """Other launchers leave LOCAL_RANK in the environment, without what a group needs."""
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -1123,7 +1139,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 
     # a last step of that kind leaves nothing to go on to
     bad = [len(calls) + 2]
-    with pytest.raises(SystemExit, match="not finite in 1 steps, at 7"):
+    with pytest.raises(SystemExit, match="not finite in 1 steps up to 7"):
         train.main(mixar(runs, run, "--steps", 8))
 
 
