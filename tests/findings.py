@@ -160,19 +160,17 @@ def plan(data, seed):
     for run in ("dcmix", "encoder"):
         rows.append(score(f"{run} sight", run, FEW))
 
+    # the guidances after the steps of today's recipe
+    rows.append(score("curve discrete", "dcmix", FEW, "--decode", "discrete", chosen="discrete"))
+    rows += [score(f"curve {guidance}", guidance, FEW) for guidance in METHODS]
+
     # Fig. 1: FD against training time
     if data == "shapes":
-        rows.append(score("curve discrete", "dcmix", FEW, "--decode", "discrete",
-                          chosen="discrete"))
-        rows += [score(f"curve {guidance}", guidance, FEW) for guidance in ("none", "dcmix")]
         for guidance, chosen in (("none", "none"), ("dcmix", "guided")):
             for n in (200, 600, 1200, 1760):
                 name = f"{guidance}-{n}"
                 rows.append(train(name, guidance, "--steps", str(n)))
                 rows.append(score(f"curve {name}", name, FEW, chosen=chosen))
-
-    # the others after as many steps; dcsa, to be compared with a prefix in the encoder alone, too
-    rows += [score(f"curve {guidance}", guidance, FEW) for guidance in ("dcsa", "dcca")]
 
     # the sweeps over steps, beyond the paper
     for n in AR_STEPS:
