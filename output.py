@@ -159,7 +159,7 @@ def sample_folder(system, folder, labels, args, truth):
         for i, picture in zip(indices, pictures):
             image = tile(picture[None], 1)
             save_png(image, png(folder, i))
-    if missing and rank == 0:
+    if missing:
         s = system.settings
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "
               f"{ranks * len(missing) / seconds:.3g} images/s in all, "

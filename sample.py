@@ -472,7 +472,7 @@ def main(argv=None):
         columns = min(columns, 10, args.count)
         labels = np.resize(chosen, args.count)                               # in turn
         write_out(system, out, labels, columns, args)
-        train.say(out)
+        print(out)
 
 
 if __name__ == "__main__":

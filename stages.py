@@ -56,7 +56,7 @@ def is_done(args, stage):
     done = saved and checkpoint.finished(saved)
     if done:
         steps = args.recipe[stage.kind]["steps"]
-        train.say(f"{stage.kind}: {saved['step']} of {steps} steps are done{changes}")
+        print(f"{stage.kind}: {saved['step']} of {steps} steps are done{changes}")
     return done
 
 
@@ -132,8 +132,8 @@ def train_mixar(args, shared, run, tokens):
         # it may have seen other pictures, but its bits must mean the same
         disk.check_equal(prior_file, "as its bit tokenizer", vq, tokens.made_from["vq"])
     else:
-        train.say(f"the classes of {prior_file} have no names: its first is taken to be "
-                  f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
+        print(f"the classes of {prior_file} have no names: its first is taken to be "
+              f"{tokens.classes[0]}, its last {tokens.classes[-1]}")
     config = dict(N=tokens.N, d_c=tokens.d_c, d_d=tokens.bits, classes=len(tokens.classes),
                   guidance=args.guidance, mix_at=args.mix_at)
 
@@ -160,7 +160,7 @@ def train_mixar(args, shared, run, tokens):
         preview=preview,
         meta=describe_run(args, shared, run, tokens, prior),
     ))
-    train.say(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
+    print(f"pictures: {run / 'samples.png'} and {run / 'compare.png'}")
 
 
 def describe_run(args, shared, run, tokens, prior):
@@ -245,10 +245,10 @@ def train_stages(args):
     check_files(args, shared, run, len(source.classes))
     if args.mirror is not None:
         source.mirror = args.mirror
-    train.say(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
+    print(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
     without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(without):
-        train.say(f"no picture is of {', '.join(source.classes[k] for k in without)}")
+        print(f"no picture is of {', '.join(source.classes[k] for k in without)}")
     for kind, file in (("vae", args.vae), ("vq", args.vq)):
         if not file:
             train_tokenizer(args, shared, kind, source)

@@ -244,7 +244,7 @@ def fit(args, stage):
         if saved:
             with disk.reading(stage.path, f"{kind} checkpoint that fits this run"):
                 state.load(saved)
-            say(f"{kind}: {state.step} of {steps} steps are done{changes}")
+            print(f"{kind}: {state.step} of {steps} steps are done{changes}")
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, stage, state)
@@ -284,7 +284,7 @@ def train_steps(args, stage, state):
         if failed == 0:
             checkpoint.update_ema(state.ema, state.model, total_step)
         else:
-            say(f"\n{kind}: step {state.step} is left out, its loss is not finite")
+            print(f"\n{kind}: step {state.step} is left out, its loss is not finite")
         if failed == 5 or (failed and last):
             raise SystemExit(f"{kind}: loss not finite in {failed} steps up to {state.step}; "
                              f"lower --lr (of mixar) or lr in RECIPES, or remove {stage.path}")
@@ -300,7 +300,7 @@ def train_steps(args, stage, state):
                 stage.preview(state.ema.eval())
         if stopping:
             end = f"saved in {stage.path}" if failed == 0 else "not saved, its loss is not finite"
-            say(f"\n{kind}: stopped by a signal at step {state.step}, {end}")
+            print(f"\n{kind}: stopped by a signal at step {state.step}, {end}")
             raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
     end_at_once_on_signal(received)
 
@@ -310,12 +310,6 @@ def world():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def say(text):
-    """Print a line, once for all processes."""
-    if world()[0] == 0:
-        print(text)
 
 
 def barrier():
@@ -384,6 +378,9 @@ def process_group():
         dist.init_process_group(backend, timeout=timedelta(days=1))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # the first process speaks for all
+        if world()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
     yield
     if dist.is_initialized():
         # DistributedDataParallel refers to itself, and has to be freed before its group ends

@@ -459,12 +459,16 @@ def test_two_processes_give_the_gradients_of_one(gradients_of_two, kind):
 
 
 def test_torchrun_with_two_processes_trains_the_same_weights(runs, tmp_path, no_pictures):
-    """Each process takes its share in two parts, between which the processes do not talk."""
+    """Each process takes its share in two parts, between which the processes do not talk.
+
+    What all processes know is printed once.
+    """
     train.main(mixar(runs, tmp_path / "one", "--steps", 3))
     flags = ["--steps", 3, "--accumulate", 2]
     arguments = mixar(runs, tmp_path / "two", *flags)
-    code, _, err = running.run("tests/quick_train.py", *arguments, processes=2)
+    code, said, err = running.run("tests/quick_train.py", *arguments, processes=2)
     assert code == 0, err
+    assert said.count("data: 64 pictures") == 1
     one = weights(tmp_path / "one")
     two = weights(tmp_path / "two")
     for key in one:
