@@ -116,8 +116,8 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block.   [MAR]
 
-    cross: with a cross-attention to `discrete` (B, N, D) after the self-attention (DC-CA). Without
-        it, `discrete` is not used.
+    cross: whether there is a cross-attention to `discrete` (B, N, D) after the self-attention, as
+        in DC-CA. If not, `discrete` is not used.
     """
 
     def __init__(self, D, heads, p, cross):
@@ -253,7 +253,7 @@ class MAR(nn.Module):
         return x + self.diffusion_pos_embed_learned
 
     def forward(self, x, x_d, m, y, drop):
-        """z of Eq. (6), from which the diffusion head predicts each masked token.
+        """z^i of Eq. (5), from which the diffusion head gives p(x_c^i | ...) of Eq. (6).
 
         x: (B, N, d_c), the output of `mix`; masked positions of it are read only with dcmix
         x_d: (B, N, d_d) bits, for dcsa and dcca
@@ -273,12 +273,12 @@ class MAR(nn.Module):
         seen, discrete = self.encode(seen, discrete)
 
         # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
-        # MAR's mask token or, for DC-Mix, the embedded discrete token of Eq. (9).
+        # MAR's mask token or, for DC-Mix, the discrete token of Eq. (9), embedded but not encoded.
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
             placeholder = self.mask_token.expand_as(embedded)        # (B, K + N, D)
-        full = placeholder.to(seen.dtype, copy=True)                 # (B, K + N, D)
+        full = placeholder.to(seen.dtype, copy=True)                 # to be written into
         full[visible] = seen.flatten(0, 1)
         return self.decode(full, discrete)                           # (B, N, D)
 

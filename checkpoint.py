@@ -23,12 +23,12 @@ from tqdm import tqdm
 import backbone
 import disk
 
-EMA_DECAY = 0.9999           # of the moving average from update 90,000 on     [MAR]
+EMA_DECAY = 0.9999           # of the moving average from update 89,990 on     [MAR]
 LOG_EVERY = 10               # steps between rows of log.csv
 
 
 def orthogonal(g):
-    """About U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
+    """U V^T, roughly, for each matrix g = U S V^T of a stack, by five Newton-Schulz steps. [Muon]
 
     A step is x <- p x with p = 3.4445 I - 4.775 G + 2.0315 G^2 and G = x x^T. The next G is then
     p G p. So every p can be computed from the first G, and x is multiplied once, by the product q
@@ -108,7 +108,7 @@ def make_optimizer(model, recipe):
     settings = dict(lr=recipe["lr"], betas=recipe["betas"], fused=True)
     if not recipe["muon"]:
         return torch.optim.AdamW(groups, **settings)
-    # of MAR and the head, of the prior, of the tokenizers (but for their attention)
+    # of MAR and the head, of the prior, of the VAE (but for its attention)
     blocks = ("blocks.", "layers.", "block.")
     matrices = {p for name, p in named if p.ndim > 1 and any(part in name for part in blocks)}
     return Muon(groups, matrices, **settings)
@@ -130,11 +130,11 @@ class Stage:
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
     config: dict                       # the arguments of its model
-    made_from: dict                    # pictures or tokens (and more): may not change later
+    made_from: dict                    # pictures or tokens (and more): the same on resuming
     loss: Callable                     # loss(model, batch, rng, step)
     n: int = 0                         # how many pictures there are
     get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
-    preview: Callable = None           # preview(ema) makes pictures of what is saved
+    preview: Callable = None           # preview(ema) makes pictures, after a save
     meta: dict = None                  # what its checkpoint says beside the model
 
     @property
@@ -217,7 +217,7 @@ class State:
         self.stage = stage
         self.step = 0
         self.before = 0
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)                                         # initial weights
         model = backbone.KINDS[stage.kind](**stage.config)
         # convolutions are faster with the channels last
         self.model = model.to(args.device, memory_format=torch.channels_last)

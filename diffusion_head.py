@@ -1,7 +1,8 @@
 """The diffusion head: Eq. (5), section 3.1 of the paper, as MAR defines it.
 
-A small MLP sees a token x_c^i with noise added, the timestep t and the backbone's z^i, and predicts
-the noise. `denoising_loss` is Eq. (5). `variational_term` trains the variance beside it.
+A small MLP sees a token x_c^i with noise added, the timestep t and the backbone's z^i. It predicts
+the noise, which `denoising_loss` trains by Eq. (5), and the variance of a step backwards, which
+`variational_term` trains.
 `DiffusionHead.sample` runs the process backwards, from noise to a token.
 
 The process is MAR's: cosine schedule, 1000 timesteps, evenly respaced for sampling.
@@ -119,11 +120,11 @@ def denoising_loss(noise, eps):
 def model_distribution(x_t, eps, v, k, c, bound=None):
     """The distribution p(x_{t-1} | x_t) that the head predicts.   [MAR]
 
-    x_t, eps, v: (..., C); v goes from -1, the smallest log variance, to 1, the largest
+    x_t, eps, v: (..., C); v = -1 stands for the smallest log variance, v = 1 for the largest
     k: int or (...) int, index of the timestep
     c: the coefficients of the process
     bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
-        in x_0. A head trained for minutes has errors, so tiny and small have a bound [ours].
+        in x_0. Heads trained as briefly as in tiny and small need a bound [ours].
     Returns its mean, its log variance, and the x_0 that eps stands for, each (..., C).
     """
     x_0 = at(c.sqrt_recip, k) * x_t - at(c.sqrt_recip_m1, k) * eps
@@ -321,12 +322,13 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
         for k in reversed(range(steps)):
-            # With 100 steps and no bound, the first, at t = 999, multiplies an error of eps by 316.
-            # With fewer steps it is more. So it is computed in fp32.   [ours]
+            # The first step, at t = 999, multiplies an error of eps by 316 in the next x if there
+            # are 100 steps and no bound, and by more in fewer steps. So it takes fp32.   [ours]
             first = k == steps - 1
             with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[k], z, z_uncond, scale)
             x, log_variance, _ = model_distribution(x, eps, v, k, c, bound)
             if k > 0:
+                # noise[0] was the initial x, so the first step, k = steps - 1, takes noise[1]
                 x = x + (0.5 * log_variance).exp() * noise[steps - k] * temperature
         return x

@@ -168,7 +168,8 @@ def build(cls, config, state):
         model = cls(**config)
     check_weights(model, state)
     model.to_empty(device="cpu").load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    # requires_grad stays True: only of such weights does autocast keep its bf16 copies
+    return model.eval()
 
 
 def check_weights(model, state):

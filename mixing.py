@@ -130,7 +130,7 @@ def predict_masked(g_M, x_d, m, y, u):
     """Eqs. (10) and (11): x_hat = g_M(x'_d) where m^i = 1, x_d^i where m^i = 0.   [paper 3.4]
 
     The prediction is sampled, in one forward pass and without gradient. g_M sees the class, too
-    [ours]. Whole tokens are masked here. It was trained on masked groups of bits (training_mask).
+    [ours]. Whole tokens are masked here; in its training, by Eq. (3), groups of bits were.
 
     g_M: maps x'_d (B, N, d_d) and y to logits (B, N, S, 2^e)
     x_d: (B, N, d_d) bits in {-1, +1}

@@ -1,8 +1,8 @@
 """Inference: X_d ~ p_phi(X_d), X_c ~ p_theta(X_c | X_d), then pixels. Eqs. (4) and (6), Fig. 3.
 
 `sample_prior` is MaskBit's sampler (Eq. 4), `generate` MAR's loop over Eq. (6), and `System` holds
-all models of a run. Image i of a seed is the same at any batch size and number of processes, since
-its random numbers are a function of (seed, i). A CPU and a GPU draw different ones.
+all models of a run. The random numbers of image i are a function of (seed, i). So it is the same,
+but for rounding, at any batch size and number of processes. A CPU and a GPU draw different ones.
 
 Reads disk, the models, mixing, train (processes, AMP), dataset and output.py. Feeds stages.py and
 fid.py. It is the last of the paper's files.
@@ -76,7 +76,6 @@ def least_certain(score, known, done):
     """
     score = score.masked_fill(known, math.inf)
     ratio = math.acos(done) / (math.pi / 2)
-    ratio = min(max(ratio, 1e-6), 1)
     k = max(math.floor(ratio * known[0].numel()), 1)
     k = min(k, int((~known[0]).sum()) - 1)
     ascending, _ = score.flatten(1).sort(dim=1)
@@ -208,8 +207,7 @@ class System:
         self.device = torch.device(device)
         self.amp = amp
         model, saved = backbone.load_model(self.path, "mixar")
-        # requires_grad only so that autocast keeps its bf16 copies of the weights
-        self.model = model.to(self.device).requires_grad_(True)
+        self.model = model.to(self.device)
         with disk.reading(self.path, "checkpoint of a run"):
             self.step = int(saved["step"])
             self.meta = saved["meta"]
@@ -226,9 +224,6 @@ class System:
         self.vae = self.load_part("vae", vae)
         self.vq = self.load_part("vq", None)
         self.prior = self.load_part("prior", prior)
-        if self.prior:
-            # as for MixAR above
-            self.prior.requires_grad_(True)
         if self.vae is None:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
         stride = 2 ** (len(self.vae.encoder.down) - 1)

@@ -31,7 +31,7 @@ import train
 
 
 def vae_loss(model, batch, rng, step):
-    """Squared error and KL, with the weight 1e-4 [ours]. VA-VAE was trained with more terms."""
+    """Squared error plus 1e-4 times the KL [ours]. VA-VAE was trained with more terms."""
     x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
     mean, logvar = (a.float() for a in model.encode(x))
     noise = rng(torch.randn, *mean.shape[1:])
@@ -41,7 +41,7 @@ def vae_loss(model, batch, rng, step):
 
 
 def vq_loss(model, batch, rng, step):
-    """Squared error, with the weight 4 [ours], and MaskBit's losses of the quantiser [MaskBit]."""
+    """4 times the squared error [ours], and the quantiser's losses and weights of MaskBit."""
     x = batch[0]
     z = model.encode(x).float()
     decoded = model.decode(z + (tokenizers.quantise(z) - z).detach())        # straight through

@@ -52,7 +52,7 @@ SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of ImageNet, 625 steps each; the first 100 are warm-up [MAR]. Other models are files.
+# 400 epochs of ImageNet, 625 steps each; the first 100 are warm-up [MAR]. All but MixAR are files.
 LARGE_RECIPE = dict(
     mixar=COMMON | dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, decay=0.02, draws=4,
                         anneal=False, muon=False))
@@ -61,7 +61,7 @@ RECIPES = dict(tiny=TINY_RECIPE, small=SMALL_RECIPE, base=LARGE_RECIPE, large=LA
 
 
 def mixar_loss(model, batch, rng, step, prior, args):
-    """The training step of the paper: the loss of a batch, a mean over its masked tokens.
+    """The loss of the paper's training step: a mean over a batch's masked tokens and their draws.
 
     batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,)
     rng: the random numbers of this step: rng(torch.rand, *shape) gives uniform ones (B, *shape)
@@ -81,10 +81,11 @@ def mixar_loss(model, batch, rng, step, prior, args):
         u = rng(torch.rand, N, prior.splits)
         x_hat = mixing.predict_masked(prior, x_d, m, y, u)                   # Eqs. (10), (11)
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
-        x_d = mixing.ti_mix(x_d, x_hat, m, rng(torch.rand, N), lam)          # Eq. (12): x~_d
+        rho = rng(torch.rand, N)
+        x_d = mixing.ti_mix(x_d, x_hat, m, rho, lam)                         # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     # dcmix has the discrete tokens in x; dcsa and dcca take x_d itself
-    z = model(x, x_d, m, y, drop)                                            # Eq. (6)
+    z = model(x, x_d, m, y, drop)                                            # of Eqs. (5), (6)
 
     n_masked = int(m[0].sum())                                               # N'
     t = as_rows((rng(torch.rand, R, n_masked) * T).long())                   # (R, B N')
@@ -98,9 +99,9 @@ def as_rows(drawn):
 
 
 def training_mask(u_ratio, u_code):
-    """Eq. (3)'s mask (B, N, S): a code is hidden with probability acos(u) / (pi / 2).   [MaskBit]
+    """The prior's mask in Eq. (3), (B, N, S): codes are hidden with probability acos(u) / (pi / 2).
 
-    u_ratio: (B,) uniform, the u of each image
+    u_ratio: (B,) uniform, the u of each image   [MaskBit]
     u_code: (B, N, S) uniform; codes are hidden independently, where the paper hides tokens
     """
     probability = torch.acos(u_ratio) / (math.pi / 2)
@@ -143,11 +144,12 @@ class Loss(nn.Module):
 
 
 class Rng:
-    """The random numbers of a step, but for dropout: a function of (seed, step).
+    """The random numbers of a step, but for dropout. They follow from (seed, step) and the order
+    of the calls, so a checkpoint holds no random state.
 
     rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and returns
     the rows `self.rows`: those of this process, or of its part `part` of `parts` (--accumulate). So
-    they do not depend on the number of processes. rng.shared(f, *shape) is the same for all.
+    a picture's numbers do not depend on the processes. rng.shared(f, *shape) is the same for all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -175,9 +177,10 @@ def data_order(seed, epoch, n):
 def step_batches(args, get_batch, n, B, total_step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
-    Every epoch leaves out its last n mod B pictures; if n < B, they repeat. Dropout is seeded, too.
+    Every epoch leaves out its last n mod B pictures; if n < B, they repeat.
     """
     rank, ranks = world()
+    # for dropout, another seed for every step and process
     torch.manual_seed(2 ** 31 + (args.seed * SEED_DISTANCE + total_step) * ranks + rank)
     epoch, k = divmod(total_step, max(n // B, 1))
     order = data_order(args.seed, epoch, n)
@@ -195,7 +198,7 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 def learning_rate(recipe, step, before=0):
     """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
 
-    before: how many of `step` are of runs behind --init. After these the cosine stays at 0.1 [ours]
+    before: how many of `step` the runs behind --init made. After them the cosine is at 0.1   [ours]
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -249,7 +252,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # It was begun for more steps than these. Saved again with these, it is `finished`.
+            # it was begun for more steps; saved with the fewer of this command, it is `finished`
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -257,7 +260,7 @@ def fit(args, stage):
 
 
 def train_steps(args, stage, state):
-    """Take the remaining steps of a stage. After a signal, end when the step is done and saved."""
+    """Take the remaining steps of a stage. After a signal, finish and save the step, then end."""
     rank, ranks = world()
     kind = stage.kind
     recipe = args.recipe[kind]
@@ -322,7 +325,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes, with the gradient of this process's q: DDP averages it."""
+    """The mean of q over the processes. Its gradient is that of this q alone: DDP averages it."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
@@ -378,9 +381,9 @@ def process_group():
         dist.init_process_group(backend, timeout=timedelta(days=1))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # the first process speaks for all
-        if world()[0] > 0:
-            sys.stdout = open(os.devnull, "w")
+    # the first process speaks for all
+    if world()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
     yield
     if dist.is_initialized():
         # DistributedDataParallel refers to itself, and has to be freed before its group ends
@@ -415,7 +418,7 @@ def within(low, high=math.inf, kind=float):
 
 
 def parse_flags(p, argv):
-    """Parse the flags of p, --device and --seed. No name may be empty: that is this folder."""
+    """Add --device and --seed to p, and parse. Refuse an empty name, which would be this folder."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     p.add_argument("--device", default=devices[-1], choices=devices, help="where to compute")
     p.add_argument("--seed", type=within(0, 2 ** 32 - 1, int), metavar="N", default=0,
