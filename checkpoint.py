@@ -30,28 +30,18 @@ LOG_EVERY = 10               # steps between rows of log.csv
 def orthogonal(g):
     """U V^T, roughly, for each matrix g = U S V^T of a stack, by five Newton-Schulz steps. [Muon]
 
-    A step is x <- p x with p = 3.4445 I - 4.775 G + 2.0315 G^2 and G = x x^T. The next G is then
-    p G p. So every p can be computed from the first G, and x is multiplied once, by the product q
-    of all p. G is smaller than x if x is wide; tall matrices are transposed.
+    A step is x <- 3.4445 x - 4.775 G x + 2.0315 G^2 x with G = x x^T. It brings the singular values
+    closer to 1. Wide matrices have the smaller G, so tall ones are transposed.
 
     g: (k, rows, columns)
-    Returns the same shape.
+    Returns the same shape; under autocast it is computed in bf16.
     """
     wide = g if g.shape[1] <= g.shape[2] else g.mT
     x = nn.functional.normalize(wide, dim=(1, 2))
-    one = torch.eye(x.shape[1], device=x.device)
-
-    def polynomial(gram):
-        return 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
-
-    gram = x @ x.mT
-    p = polynomial(gram)
-    q = p
-    for _ in range(4):
-        gram = p @ gram @ p
-        p = polynomial(gram)
-        q = p @ q
-    x = q @ x
+    for _ in range(5):
+        gram = x @ x.mT
+        p = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)       # -4.775 G + 2.0315 G^2
+        x = torch.baddbmm(x, p, x, beta=3.4445)                              # 3.4445 x + p x
     return x if wide is g else x.mT
 
 
@@ -59,7 +49,7 @@ class Muon(torch.optim.AdamW):
     """AdamW, but the updates of some parameters are their momentum, made orthogonal.   [Muon]
 
     The entries of such an update are as large as AdamW's, so that both take the same rate.
-    torch.optim.Muon computes in bf16 and one matrix at a time, which takes longer here.
+    torch.optim.Muon takes one matrix at a time, which is slower here, and no convolutions.
 
     matrices: the set of these parameters; kernels of convolutions are taken as matrices
     """

@@ -84,7 +84,6 @@ def mixar_loss(model, batch, rng, step, prior, args):
         rho = rng(torch.rand, N)
         x_d = mixing.ti_mix(x_d, x_hat, m, rho, lam)                         # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
-    # dcmix has the discrete tokens in x; dcsa and dcca take x_d itself
     z = model(x, x_d, m, y, drop)                                            # of Eqs. (5), (6)
 
     n_masked = int(m[0].sum())                                               # N'
@@ -232,7 +231,8 @@ def update(args, loss_module, state, batches, asked_to_stop=False):
     asked = torch.tensor(float(asked_to_stop), device=device)
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        state.optimizer.step()
+        with autocast(args.amp, device):                                     # for Muon
+            state.optimizer.step()
     return loss, norm, stopping > 0
 
 

@@ -583,6 +583,32 @@ def test_the_gradient_is_clipped_to_the_norm_of_clip():
     assert optimizer.gradients == [pytest.approx(3, rel=1e-4)]
 
 
+@pytest.mark.parametrize("amp, kind", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_products_of_muon_have_the_precision_of_the_flag(monkeypatch, amp, kind):
+    """With --amp bf16 the directions are products in bf16; the weights stay float32."""
+    model = nn.ModuleDict(dict(blocks=nn.ModuleList([nn.Linear(3, 2)])))
+    weight = model.blocks[0].weight
+    recipe = dict(lr=0.1, betas=(0.9, 0.95), decay=0.0, muon=True)
+    optimizer = checkpoint.make_optimizer(model, recipe)
+    found = []
+
+    def orthogonal(g):
+        directions = right(g)
+        found.append(directions.dtype)
+        return directions
+
+    def linear(model, batch, rng, step):
+        return weight.sum()
+
+    right = checkpoint.orthogonal
+    monkeypatch.setattr(checkpoint, "orthogonal", orthogonal)
+    args = train.parse(["--amp", amp])
+    state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
+    train.update(args, train.Loss(model, linear), state, [((), Given())])
+    assert found == [kind]
+    assert weight.dtype == torch.float32
+
+
 # what the samplers are given
 
 OF_PRIOR = ("prior_steps", "prior_cfg", "prior_power", "prior_temperature")
