@@ -48,7 +48,7 @@ def orthogonal(g):
 class Muon(torch.optim.AdamW):
     """AdamW, but the updates of some parameters are their momentum, made orthogonal.   [Muon]
 
-    The entries of such an update are as large as AdamW's, so that both take the same rate.
+    The entries of such an update are about 0.2 large, as AdamW's are. So both take the same rate.
     torch.optim.Muon takes one matrix at a time, which is slower here, and no convolutions.
 
     matrices: the set of these parameters; kernels of convolutions are taken as matrices

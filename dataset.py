@@ -62,7 +62,7 @@ def read_rgb(path):
 #     names              a text for every picture that tells it from all others, also from those
 #                        of other data sets, and does not change when the folder is moved
 #     mirror             whether training may mirror the pictures, unless --mirror says otherwise
-#     held_out           whether the pictures are not used in training
+#     held_out           whether the pictures are not used in training (False if there are none)
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
 # open_source adds `data`, the folder, and `skipped`, the names of pictures that cannot be read.
@@ -128,7 +128,7 @@ def find_split(root, split):
 class Folder:
     """Class folders, DIR/class/picture. Without class folders, DIR is one class. See find_split."""
 
-    mirror = True                      # the cache has mirror images, too   [MAR]
+    mirror = True                      # [MAR]
 
     def __init__(self, root, split, size, count):
         root, self.held_out = find_split(root, split)
@@ -400,7 +400,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     """Stage cache: Eq. (7) for every picture, in moments.npy and indices.npy.
 
     status.npy holds 1 for each picture that is done, so that a killed run goes on. meta.json holds
-    the mean and deviation of x_c. One process writes them.
+    the mean and deviation of x_c, and what all this was made from. One process writes them.
     SystemExit if the folder was made from other pictures or tokenizers.
     """
     meta = disk.read_json(folder / "meta.json")
@@ -423,7 +423,7 @@ def cache_tokens(folder, source, vae, vq, device, batch=None):
     fill_cache(arrays, source, vae, vq, device, batch or max(2 ** 15 // source.size ** 2, 8))
     mean, std = statistics(arrays["moments"], np.flatnonzero(arrays["status"] == 1))
     meta |= dict(made_from=describe(source, source.skipped) | made_with, skipped=source.skipped,
-                 mean=mean, std=std, bits=vq.quantize.codebook.shape[1])
+                 mean=mean, std=std, bits=vq.bits)
     disk.write_json(folder / "meta.json", meta)
 
 

@@ -1,4 +1,4 @@
-"""Two sets of pictures compared: FID, inception score and rFID. Section 4, Tables 1 and 2.
+"""Two sets of pictures compared: FID (the paper's gFID), inception score, rFID. Section 4, Table 1.
 
 `evaluate` is the whole program: open the feature network, measure B, measure A, compare, report.
 `measure` streams pictures through a network of features.py and takes mean and covariance of the
@@ -316,7 +316,7 @@ def parse(argv=None):
                    "pictures (arr_0) or with mu and sigma, or a data set")
     p.add_argument("reference", metavar="B", nargs="?", help="the same; a data set gives its "
                    "held-out pictures (None: the data set of the run A)")
-    p.add_argument("--rfd", action="store_true", help="also B's pictures through the run's vae, vq")
+    p.add_argument("--rfd", action="store_true", help="also how well vae and vq reconstruct B")
     p.add_argument("--features", default="classifier", metavar="WHICH",
                    help="inception, classifier or a file of either")
     p.add_argument("--resize", default="torch-fidelity", choices=["torch-fidelity", "pytorch-fid"],

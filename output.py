@@ -33,7 +33,7 @@ def truncate(x):
 
 
 def check_finite(x):
-    """SystemExit if x, of a model, holds NaN or inf. Pictures of it would be black."""
+    """SystemExit if x, of a model, holds NaN or inf, of which no picture can be made."""
     if not x.isfinite().all():
         raise SystemExit("a model gave values that are not finite; try a lower --cfg, --prior-cfg "
                          "or --temperature, or --amp fp32")
@@ -95,7 +95,7 @@ def save_figures(system, folder, seed):
 
 
 def save_gif(path, system, y, seed, columns, x_d=None):
-    """A gif in which discrete patches give way to continuous ones, in the order of generation.
+    """A gif in which patches of X_d give way to those of the finished X_c, in the order of Eq. (6).
 
     x_d: (B, N, d_d), used instead of the prior's
     """
@@ -120,7 +120,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
 def begin_folder(folder, system, args):
     """Write into `folder` how its pictures are made. SystemExit if it holds others."""
     note = folder / "settings.json"
-    left_out = ("out", "count", "batch_size", "device", "amp")
+    left_out = ("out", "count", "batch_size", "amp")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= system.settings | dict(step=system.step, weights=disk.fingerprint(system.model))
     pictures = list(folder.glob("*.png"))

@@ -231,10 +231,9 @@ class System:
         d_c = self.vae.post_quant_conv.in_channels
         disk.check_equal(run, "channels", model.d_c, d_c)
         if self.prior and self.vq:
-            bits = self.vq.quantize.codebook.shape[1]
             classes = len(self.meta["classes"])
             found = (self.prior.N, self.prior.bits, self.prior.classes)
-            disk.check_equal(run, "tokens, bits, classes", (model.N, bits, classes), found)
+            disk.check_equal(run, "tokens, bits, classes", (model.N, self.vq.bits, classes), found)
 
     def load_part(self, kind, file):
         """The vae, vq or prior: in this file, else in the one that the run names, else None."""

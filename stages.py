@@ -31,7 +31,7 @@ import train
 
 
 def vae_loss(model, batch, rng, step):
-    """Squared error plus 1e-4 times the KL [ours]. VA-VAE was trained with more terms."""
+    """Squared error plus 1e-4 KL, a mean over x_c's numbers [ours]. VA-VAE had more terms."""
     x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
     mean, logvar = (a.float() for a in model.encode(x))
     noise = rng(torch.randn, *mean.shape[1:])
@@ -138,7 +138,7 @@ def train_mixar(args, shared, run, tokens):
                   guidance=args.guidance, mix_at=args.mix_at)
 
     def preview(ema):
-        # instead of `ema`, it takes the same weights from last.pt, which `fit` has saved
+        # instead of `ema`, it takes the same weights from last.pt
         system = sample.System(run, args.device, amp=args.amp)
         if args.preset != "tiny":
             # these pictures then take seconds, not minutes

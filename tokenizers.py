@@ -269,12 +269,13 @@ class KLVAE(nn.Module):
 
 
 class BitVQ(nn.Module):
-    """x_d = VQVAE(I) of Eq. (7): d_d = `bits` signs a token. No codebook is learned.   [MaskBit]"""
+    """x_d = VQVAE(I) of Eq. (7): d_d = `bits` signs per token. No codebook is learned. [MaskBit]"""
 
     def __init__(self, width, mult, blocks, bits, groups=32):
         super().__init__()
         self.encoder, self.decoder = make_coders(
             width, mult, blocks, groups, bits, bits, maskbit=True)
+        self.bits = bits
         powers = 2 ** torch.arange(bits, dtype=torch.int32)
         codes = torch.arange(2 ** bits)[:, None]
         # Official files hold these two.
