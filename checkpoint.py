@@ -143,11 +143,10 @@ def finished(saved):
 def read_stage(args, stage):
     """The checkpoint of a stage, and a text on how this command differs from the one that saved it.
 
-    Returns (None, "") if there is none. SystemExit
-        if the stage was begun with another config or made from something else
-        if it was begun with another seed or batch, unless it is a finished tokenizer or prior
-        if it is a finished tokenizer or prior, with which tokens and runs were made, and this
-            command asks for more steps
+    Returns (None, "") if there is none. SystemExit in three cases:
+        it was begun with another config or made from something else
+        it was begun with another seed or batch, and is not a finished tokenizer or prior
+        it is one, so that tokens and runs may depend on it, and this command asks for more steps
     """
     kind = stage.kind
     if not stage.path.exists():
@@ -162,7 +161,7 @@ def read_stage(args, stage):
             # seed and batch decide which pictures the next steps see
             may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], may_not_change)
-        # what may change is only said; what is not in `was` is not compared
+        # All else may change, and is only said. What is not in `was` is not compared.
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         was["seed"] = saved["settings"]["seed"]
         if kind == "mixar":

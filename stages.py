@@ -64,8 +64,8 @@ def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    # Which pictures cannot be read is known only after reading all. Until then they are taken to be
-    # those of the earlier run, so that a stage that is done need not read any.
+    # Unreadable pictures do not count in `made_from`, but are known only when all have been read. A
+    # stage that is done need not read any: it is compared without those that its checkpoint names.
     stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
