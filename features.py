@@ -191,7 +191,7 @@ class Inception(nn.Module):
         self.size = size
 
     def forward(self, images):
-        """uint8 (B, 3, H, W) -> features (B, 2048), logits without their bias (B, 1008)."""
+        """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008) without bias. [torch-fidelity]"""
         if self.resize == "torch-fidelity":
             # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in.
             wider = pad(images.float(), (0, 1, 0, 1), mode="replicate")
@@ -243,7 +243,8 @@ class Classifier(nn.Module):
 def train_classifier(path, data, size, device, steps=700, B=128):
     """Train the classifier on nine tenths of the train split, and save it with its accuracy.
 
-    The same pictures give the same classifier. The last tenth is held out for the accuracy.
+    The same pictures give the same classifier. The last tenth is held out for the accuracy. Of a
+    large data set 60,000 pictures are enough.
     """
     source = dataset.open_source(data, "train", size, None if data == "shapes" else 60000)
     if len(source.classes) == 1:
@@ -317,7 +318,8 @@ def load_extractor(path, resize, size, device):
             if not size:
                 raise SystemExit(f"{path}: Inception's features without a run need --size")
             model = Inception(resize, size)
-            # The released file has no counters of batches. A plain dict may lack them.
+            # The released file lacks the batch norms' num_batches_tracked, which load_state_dict
+            # asks for unless it is given a plain dict.
             weights = dict(saved)
             about = {}
             release = "of 2015-12-05" if released else f"with the weights {sha256[:16]}"

@@ -63,7 +63,8 @@ def inception_score(logits, splits=10, shuffle=2020):
 
     logits: (n, K), n at least `splits`.
     splits: the number of parts.
-    shuffle: seed of the permutation of the rows before they are split; None keeps their order.
+    shuffle: seed of the permutation of the rows before they are split [torch-fidelity]; None keeps
+        their order.
 
     Returns a dict: mean and deviation over the parts, splits, shuffle.
     """

@@ -56,7 +56,7 @@ def quantise(z):
 
 def entropy(p):
     """The entropy in nats of the distributions along the last axis.   (..., codes) -> (...)"""
-    return -(p * p.clamp(min=1e-5).log()).sum(-1)
+    return -(p * p.clamp(min=1e-5).log()).sum(-1)                    # [MaskBit]
 
 
 def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
@@ -261,7 +261,7 @@ class KLVAE(nn.Module):
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> posterior mean and log variance, (B, d_c, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return mean, logvar.clamp(-30, 20)                           # [VA-VAE]
 
     def decode(self, z):
         """z = x_c (B, d_c, h, w) -> images (B, 3, H, W), roughly in [-1, 1]."""
