@@ -191,7 +191,7 @@ class Inception(nn.Module):
         self.size = size
 
     def forward(self, images):
-        """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008) without bias. [torch-fidelity]"""
+        """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008), no bias. [torch-fidelity]"""
         if self.resize == "torch-fidelity":
             # TensorFlow 1 steps H / 299 from the corner, not from half a pixel in.
             wider = pad(images.float(), (0, 1, 0, 1), mode="replicate")
