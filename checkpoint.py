@@ -28,7 +28,7 @@ LOG_EVERY = 10               # steps between rows of log.csv
 
 
 def orthogonal(g):
-    """U V^T, roughly, for each matrix g = U S V^T of a stack, by five Newton-Schulz steps. [Muon]
+    """Roughly U V^T for each matrix g = U S V^T of a stack, by five Newton-Schulz steps.   [Muon]
 
     A step is x <- 3.4445 x - 4.775 G x + 2.0315 G^2 x with G = x x^T. It brings the singular values
     closer to 1. Wide matrices have the smaller G, so tall ones are transposed.
@@ -48,7 +48,7 @@ def orthogonal(g):
 class Muon(torch.optim.AdamW):
     """AdamW, but the updates of some parameters are their momentum, made orthogonal.   [Muon]
 
-    The entries of such an update are about 0.2 large, as AdamW's are. So both take the same rate.
+    The entries of such an update are about 0.2, like those of AdamW's. So both take the same rate.
     torch.optim.Muon takes one matrix at a time, which is slower here, and no convolutions.
 
     matrices: the set of these parameters; kernels of convolutions are taken as matrices

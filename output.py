@@ -120,7 +120,7 @@ def save_gif(path, system, y, seed, columns, x_d=None):
 def begin_folder(folder, system, args):
     """Write into `folder` how its pictures are made. SystemExit if it holds others."""
     note = folder / "settings.json"
-    left_out = ("out", "count", "batch_size", "amp")
+    left_out = ("out", "count", "batch_size")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= system.settings | dict(step=system.step, weights=disk.fingerprint(system.model))
     pictures = list(folder.glob("*.png"))

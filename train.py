@@ -84,7 +84,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         rho = rng(torch.rand, N)
         x_d = mixing.ti_mix(x_d, x_hat, m, rho, lam)                         # Eq. (12): x~_d
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
-    z = model(x, x_d, m, y, drop)                                            # of Eqs. (5), (6)
+    z = model(x, x_d, m, y, drop)                                            # z of Eqs. (5), (6)
 
     n_masked = int(m[0].sum())                                               # N'
     t = as_rows((rng(torch.rand, R, n_masked) * T).long())                   # (R, B N')
@@ -98,9 +98,9 @@ def as_rows(drawn):
 
 
 def training_mask(u_ratio, u_code):
-    """The prior's mask in Eq. (3), (B, N, S): codes are hidden with probability acos(u) / (pi / 2).
+    """Eq. (3)'s mask (B, N, S), the prior's: hidden with probability acos(u) / (pi / 2). [MaskBit]
 
-    u_ratio: (B,) uniform, the u of each image   [MaskBit]
+    u_ratio: (B,) uniform, the u of each image
     u_code: (B, N, S) uniform; codes are hidden independently, where the paper hides tokens
     """
     probability = torch.acos(u_ratio) / (math.pi / 2)
@@ -231,7 +231,7 @@ def update(args, loss_module, state, batches, asked_to_stop=False):
     asked = torch.tensor(float(asked_to_stop), device=device)
     loss, stopping = mean_over_ranks(torch.stack([total, asked])).tolist()
     if math.isfinite(loss + norm):
-        with autocast(args.amp, device):                                     # for Muon
+        with autocast(args.amp, device):                                     # Muon's products
             state.optimizer.step()
     return loss, norm, stopping > 0
 
@@ -252,7 +252,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # it was begun for more steps; saved with the fewer of this command, it is `finished`
+            # It was begun for more steps. Saved with the length of this command, it is `finished`.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())

@@ -217,7 +217,49 @@ def bench_tiny():
     print(f"all steps of the default run: {seconds:.0f} s, floor {floor:.0f} s")
 
 
+@torch.no_grad()
+def bench_flops():
+    """TFLOP of a guided picture of MixAR-L, by guidance, with 64 and with 256 AR steps.
+
+    The blocks and the head are counted on the meta device, where they have no weights. The other
+    layers are left out: they are less than 1 %.
+    """
+    t = torch.zeros((), dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        sizes = backbone.PRESETS["large"]["prior"]
+        prior = backbone.MaskBitPrior(N=N, bits=BITS, classes=CLASSES, **sizes).eval()
+        x_d = torch.empty(1, N, BITS)
+        y = torch.zeros(1, dtype=torch.long)
+    # 64 steps for X_d, each with and without guidance
+    of_prior = 2 * 64 * count_flops(lambda: prior(x_d, y)) / 1e12
+    print(f"X_d {of_prior:.1f} TFLOP")
+    for name in ("DC-Mix", "DC-SA", "DC-CA"):
+        model = backbone.sized(f"MixAR-L, {name}")
+        D = model.z_proj.out_features
+        prefix = N if name == "DC-SA" else 0
+        discrete = torch.empty(1, N, D, device="meta")
+
+        def blocks(tokens):
+            """Operations of the encoder's blocks, or of the decoder's, over so many tokens."""
+            x = torch.empty(1, prefix + tokens, D, device="meta")
+            first = model.encoder_blocks[0]
+            return len(model.encoder_blocks) * count_flops(lambda: first(x, discrete))
+
+        x_c = torch.empty(N, D_C, device="meta")
+        head = 2 * 100 * count_flops(lambda: model.diffloss.net(x_c, t, discrete[0])) / 1e12
+        for steps in (64, 256):
+            hidden = N
+            passes = 0
+            for s in range(steps):
+                passes += blocks(model.K + N - hidden) + blocks(model.K + N)
+                hidden = sample.hidden_after(s, steps, N, hidden)
+            transformer = 2 * passes / 1e12
+            print(f"{name}, {steps} AR steps: transformer {transformer:.1f}, head {head:.1f}, "
+                  f"with X_d {transformer + head + of_prior:.1f} TFLOP", flush=True)
+
+
 BENCHES = dict(
+    flops=bench_flops,
     tiny=bench_tiny,
     train=bench_train,
     generate=bench_generate,

@@ -521,6 +521,15 @@ def test_a_matrix_is_made_about_orthogonal():
             torch.testing.assert_close(u.T @ found @ v.T, s.diag(), atol=1e-4, rtol=0)
 
 
+def test_a_matrix_of_low_rank_stays_bounded_in_bf16():
+    """Rounding must not grow where the singular values are 0: none of the result is far above 1."""
+    torch.manual_seed(0)
+    stack = torch.randn(2, 160, 8) @ torch.randn(2, 8, 640)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = checkpoint.orthogonal(stack).float()
+    assert torch.linalg.svdvals(found).max() < 1.3
+
+
 def test_muon_is_that_of_torch_for_matrices_of_blocks_and_adamw_for_the_rest():
     """Two matrices of one shape, which are taken together, and a tall one.
 

@@ -2,6 +2,7 @@
 
 The models are hardly trained. Only the machinery counts. test_backbone.py tests the samplers.
 """
+import json
 import os
 import shutil
 import time
@@ -279,6 +280,12 @@ def test_sampling_resumes_and_refuses_other_settings(runs, tmp_path):
     assert all(again[name] == after[name] for name in after if name != "000001.png")
     with pytest.raises(SystemExit, match="s was made with seed 0, not 1: choose"):
         start("--count", 5, "--seed", 1)
+    # a CPU and a GPU draw different pictures, and a precision rounds in its own way
+    note = json.loads((folder / "settings.json").read_text())
+    for name, value in (("device", "cuda"), ("amp", "bf16")):
+        (folder / "settings.json").write_text(json.dumps(note | {name: value}))
+        with pytest.raises(SystemExit, match=f"s was made with {name} {value}, not {note[name]}"):
+            start("--count", 5)
     (folder / "settings.json").write_text("{")
     with pytest.raises(SystemExit, match="settings.json: not a") as error:
         start("--count", 5)
