@@ -59,6 +59,9 @@ def test_eq04_hides_the_least_certain_codes_again():
     hidden = hidden_again(score, [0, 1, 0, 1, 0, 1, 1, 1], 0.5)
     assert hidden == [2, 4], "every step keeps at least one more code"
 
+    hidden = hidden_again(score, nothing_known, 0.9999)
+    assert hidden == [1], "at least one code is left for the next step"
+
 
 def test_eq04_every_image_keeps_its_own_codes():
     """Eq. (4): each image decides by itself which of its codes are certain."""

@@ -595,6 +595,18 @@ def test_a_prior_of_other_classes_is_refused(runs, tmp_path):
         sample.main([str(runs / "shapes-dcmix"), "--prior", str(tmp_path / "prior.pt")])
 
 
+def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
+    """Its tokens of 6 bits would mean nothing to a bit tokenizer of 8."""
+    saved = torch.load(runs / "shapes" / "prior" / "last.pt", weights_only=True)
+    prior = backbone.MaskBitPrior(**saved["config"] | dict(bits=6))
+    saved["config"]["bits"] = 6
+    saved["ema"] = prior.state_dict()
+    torch.save(saved, tmp_path / "prior.pt")
+    words = r"\(64, 8, 10\) tokens, bits, classes; .* \(64, 6, 10\)"
+    with pytest.raises(SystemExit, match=words):
+        sample.main([str(runs / "shapes-dcmix"), "--prior", str(tmp_path / "prior.pt")])
+
+
 def test_foreign_tokenizers_are_refused(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     running.change_weight(tmp_path / "runs" / "shapes" / "vq" / "last.pt", "decoder.conv_out.bias")
