@@ -592,6 +592,20 @@ def test_the_gradient_is_clipped_to_the_norm_of_clip():
     assert optimizer.gradients == [pytest.approx(3, rel=1e-4)]
 
 
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_auto_is_bf16_where_the_cpu_has_amx(monkeypatch, has_amx):
+    """A CPU with bf16 instructions but without AMX is faster in fp32."""
+    found = dict(amx_tile=has_amx, avx512_bf16=True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    a = torch.ones(2, 2)
+    kinds = {}
+    for amp in ("auto", "bf16", "fp32"):
+        with train.autocast(amp, torch.device("cpu")):
+            kinds[amp] = (a @ a).dtype
+    auto = torch.bfloat16 if has_amx else torch.float32
+    assert kinds == dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)
+
+
 @pytest.mark.parametrize("amp, kind", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_products_of_muon_have_the_precision_of_the_flag(monkeypatch, amp, kind):
     """With --amp bf16 the directions are products in bf16; the weights stay float32."""
