@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """For DC-CA, of which the paper says little.   [ours]
 
-    Without biases and learned norms MixAR-L has 708M parameters, nearly Table 2's 707M.
+    With neither biases nor learned norms MixAR-L has 708M parameters, nearly Table 2's 707M.
     """
 
     def __init__(self, D, heads):
@@ -230,8 +230,9 @@ class MAR(nn.Module):
     def encode(self, x, discrete):
         """The encoder and `decoder_embed` over the visible tokens x (B, V, D).
 
-        Returns (B, V, D), and what the decoder gets as `discrete`: DC-SA's prefix as the encoder
-        leaves it, DC-CA's memory unchanged, or None.
+        discrete: (B, N, D), DC-SA's prefix or DC-CA's memory; None with the other guidances
+        Returns (B, V, D), and `discrete` for the decoder: the prefix as the encoder leaves it, the
+        memory unchanged, or None.
         """
         if self.guidance == "dcsa":
             x = torch.cat([discrete, x], dim=1)                      # (B, N + V, D)
@@ -255,7 +256,7 @@ class MAR(nn.Module):
     def forward(self, x, x_d, m, y, drop):
         """z^i of Eq. (5), from which the diffusion head gives p(x_c^i | ...) of Eq. (6).
 
-        x: (B, N, d_c), the output of `mix`; masked positions of it are read only with dcmix
+        x: (B, N, d_c), the output of `mix`; masked positions of it are used only with dcmix
         x_d: (B, N, d_d) bits, for dcsa and dcca
         m: (B, N) bool, with the same count in every row
         y: (B,) int, the classes
@@ -274,6 +275,7 @@ class MAR(nn.Module):
 
         # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
         # MAR's mask token or, for DC-Mix, the discrete token of Eq. (9), embedded but not encoded.
+        # With mix_at="encoder" all tokens are visible, and no placeholder stays.
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
         else:
@@ -446,7 +448,8 @@ def load_model(path, kind):
     with disk.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
             return disk.build(KINDS[kind], saved["config"], saved["ema"]), saved
-        # an official file holds its weights bare or under these names; the average comes last
+        # An official file has no `kind`. It holds its weights bare or under these names, of which
+        # the last one that is there is the moving average.
         state = saved
         for name in ("state_dict", "model", "model_ema"):
             state = saved.get(name, state)

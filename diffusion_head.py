@@ -164,7 +164,7 @@ def variational_term(x, x_t, eps, v, k, c):
     inverse_std = (-0.5 * log_variance).exp()
     upper = gaussian_cdf((x - mean + 1 / 255) * inverse_std)
     lower = gaussian_cdf((x - mean - 1 / 255) * inverse_std)
-    # the outermost bins reach to infinity
+    # the outermost bins reach to infinity, as for pixels in [-1, 1]
     probability = torch.where(x > 0.999, 1 - lower, upper - lower)
     probability = torch.where(x < -0.999, upper, probability)
     nll = -probability.clamp(min=1e-12).log()

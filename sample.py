@@ -29,7 +29,7 @@ import tokenizers
 import train
 
 # The settings of a run's samples. tiny [ours] was chosen on validation pictures, small is a guess.
-# The others are [MAR]'s, and for the prior those of the 14-bit generator [MaskBit]. Guidance:
+# The others are [MAR]'s, and for the prior those of the 14-bit generator [MaskBit]. Class guidance:
 #     MixAR  eps = eps_u + cfg (eps_c - eps_u)        cfg = 1 is no guidance
 #     prior  l = l_c + prior_cfg (l_c - l_u)          prior_cfg = 0 is no guidance
 TINY_SAMPLING = dict(
@@ -146,7 +146,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
 
     x_d: (B, N, d_d) bits
     y: (B,) int, the classes
-    order: (B, N), a permutation of the positions for each image; they are drawn from its end
+    order: (B, N), a permutation of the positions for each image, of which `hide` hides the
+        beginning; tokens are generated from its end
     noise: noise(now (B, N) bool, n) gives (n, B n_now, C) for n diffusion steps of the tokens `now`
     diffusion_steps: see diffusion_steps_at
     cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known after the step

@@ -174,8 +174,8 @@ def make_coders(width, mult, blocks, groups, encoder_out, decoder_in, maskbit=Fa
     """A tokenizer's encoder, to encoder_out channels, and its decoder, from decoder_in channels.
 
     Level i of the encoder has `blocks` blocks of width * mult[i] channels. All levels but the last
-    halve the picture. `up_attention` gives the decoder's first level attention. KLVAE also has it
-    in both middles and in the encoder's last level; MaskBit has none.
+    halve the picture. `up_attention` gives the decoder's first level attention. KLVAE also has
+    attention in both middles and in the encoder's last level; MaskBit has none.
     """
     widths = [width * k for k in mult]
     c = widths[-1]

@@ -34,7 +34,7 @@ import mixing
 import tokenizers
 from diffusion_head import T
 
-LABEL_DROP = 0.1             # how often the class is withheld, for guidance   [MAR] [MaskBit]
+LABEL_DROP = 0.1             # how often no class is given, for class guidance [MAR] [MaskBit]
 CLIP = 3.0                   # largest norm of the gradient                    [MAR]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for this many steps
@@ -83,6 +83,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
         rho = rng(torch.rand, N)
         x_d = mixing.ti_mix(x_d, x_hat, m, rho, lam)                         # Eq. (12): x~_d
+    # masked tokens of Eq. (9)'s x~ bypass the encoder, unlike in section 3.3; see MAR.forward
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # z of Eqs. (5), (6)
 
@@ -194,17 +195,17 @@ def step_batches(args, get_batch, n, B, total_step, parts):
     return batches
 
 
-def learning_rate(recipe, step, before=0):
+def learning_rate(recipe, total_step, before=0):
     """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
 
-    before: how many of `step` the runs behind --init made. After them the cosine is at 0.1   [ours]
+    before: how many of total_step the runs behind --init made. After them it stays at 0.1   [ours]
     """
     warmup = recipe["warmup"]
     if warmup < 1:
         warmup *= recipe["steps"]
-    rate = recipe["lr"] * min(1, (step + 1) / max(warmup, 1))
+    rate = recipe["lr"] * min(1, (total_step + 1) / max(warmup, 1))
     if recipe["anneal"]:
-        progress = 1 if before > 0 else step / recipe["steps"]
+        progress = 1 if before > 0 else total_step / recipe["steps"]
         rate *= 0.55 + 0.45 * math.cos(math.pi * progress)
     return rate
 
@@ -252,7 +253,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # It was begun for more steps. Saved with the length of this command, it is `finished`.
+            # it was begun for more steps; with this command's length it counts as `finished`
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
