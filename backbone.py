@@ -275,6 +275,7 @@ class MAR(nn.Module):
 
         # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
         # MAR's mask token or, for DC-Mix, the discrete token of Eq. (9), embedded but not encoded.
+        # Visible tokens went through decoder_embed in `encode`, the others do here.
         # With mix_at="encoder" all tokens are visible, and no placeholder stays.
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)

@@ -12,8 +12,9 @@ Reads tokenizers.py (bits and codes). Feeds backbone.py, train.py and sample.py.
 Read diffusion_head.py next.
 Try: python -m pytest -q -k "eq08 or eq09 or eq10 or eq11 or eq12"
 
-B batch, N tokens, d_c and d_d channels of x_c and x_d. A token's d_d bits form S groups of e bits.
-m is the mask: True means "to predict".
+B batch, N tokens, d_c and d_d channels of x_c and x_d. m is the mask: True means "to predict".
+A token's d_d bits form S groups of e bits, each predicted by itself: a softmax over the 2^14
+values of a whole token would be large. The value of a group is its code.   [MaskBit]
 """
 import math
 

@@ -67,7 +67,8 @@ def least_certain(score, known, done):
     """Eq. (4): which codes are hidden again after a step that is not the last.   [MaskBit]
 
     They are the k codes of lowest score in each image. At least one is hidden and at least one is
-    kept, so that every step brings something new.
+    kept, so that every step brings something new. As there are no more steps than codes (open_run),
+    two codes or more are hidden before a step that is not the last.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
@@ -164,7 +165,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         n_after = hidden_after(s, ar_steps, N, n_hidden)
         share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        # only now, so that the last scale stays below cfg, as in MAR
+        # 0 only now: the scale was computed from at least 1, and stays below cfg, as in MAR
         if s == ar_steps - 1:
             n_after = 0
         m = mixing.hide(order, n_hidden)

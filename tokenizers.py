@@ -89,7 +89,7 @@ class ResBlock(nn.Module):
     """Norm, SiLU and convolution, twice, beside a shortcut.
 
     Where the width changes, the shortcut is W x. MaskBit's is W u, of the output u of the two
-    convolutions: x is dropped, as its released weights expect.
+    convolutions: it returns u + W u, as its released weights expect.
     """
 
     def __init__(self, c_in, c, groups, maskbit):

@@ -253,7 +253,7 @@ def fit(args, stage):
             state.start_from(args.init)
         train_steps(args, stage, state)
         if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # it was begun for more steps; with this command's length it counts as `finished`
+            # It was begun for more steps. With this command's length, the next skips the stage.
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -326,7 +326,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Its gradient is that of this q alone: DDP averages it."""
+    """The mean of q over the processes. Each has the gradient of its own q; DDP averages them."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
