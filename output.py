@@ -19,6 +19,8 @@ import disk
 import tokenizers
 import train
 
+ROWS = 8                     # of samples.png
+
 
 def to_bytes(x):
     """Pictures in [-1, 1] to uint8, rounded.   [MAR]"""
@@ -79,14 +81,13 @@ def reconstruct(tokenizer, kind, pictures, device):
 def save_figures(system, folder, seed):
     """samples.png, and compare.png: X_d decoded above MixAR from the same X_d, as in Fig. 2."""
     classes = system.meta["classes"][:10]
-    rows = 8
-    indices = np.arange(rows * len(classes))
+    indices = np.arange(ROWS * len(classes))
     labels = indices % len(classes)
     y = torch.tensor(labels, device=system.device)
     x_d = system.sample_discrete(seed, indices, y)
     mixed = system.decode_continuous(system.sample_continuous(seed, indices, y, x_d))
-    save_named_grid(mixed, Path(folder) / "samples.png", classes, [""] * rows)
-    discrete = system.decode_discrete(x_d).unflatten(0, (rows, len(classes)))
+    save_named_grid(mixed, Path(folder) / "samples.png", classes, [""] * ROWS)
+    discrete = system.decode_discrete(x_d).unflatten(0, (ROWS, len(classes)))
     pairs = torch.stack([discrete, mixed.unflatten(0, discrete.shape[:2])], dim=1)[:2]
     # plain MAR does not see X_d
     name = "plain MAR" if system.model.guidance == "none" else "MixAR"

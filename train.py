@@ -11,7 +11,6 @@ B pictures of a batch (in the losses, of the part that a process computes at onc
 masked ones, R diffusion draws per token. m True: to predict.
 """
 import argparse
-import copy
 import ctypes
 import gc
 import math
@@ -243,6 +242,7 @@ def fit(args, stage):
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
     with disk.locked(stage.folder) if rank == 0 else nullcontext():
+        barrier()                                                            # for the lock
         saved, changes = checkpoint.read_stage(args, stage)
         state = checkpoint.State(args, stage)
         if saved:
@@ -476,7 +476,7 @@ def parse(argv=None):
 
 def add_recipe(args):
     """Add `recipe` to the flags: the recipe of each stage, changed as the flags say."""
-    args.recipe = copy.deepcopy(RECIPES[args.preset])
+    args.recipe = {kind: dict(recipe) for kind, recipe in RECIPES[args.preset].items()}
     steps = dict(vae=args.vae_steps, vq=args.vq_steps, prior=args.prior_steps, mixar=args.steps)
     for kind, recipe in args.recipe.items():
         recipe["steps"] = steps[kind] or recipe["steps"]

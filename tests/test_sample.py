@@ -442,8 +442,8 @@ def test_the_comparison_names_who_made_its_pictures(monkeypatch, tmp_path, guida
         device="cpu",
         sample_discrete=lambda seed, indices, y: None,
         sample_continuous=lambda seed, indices, y, x_d: None,
-        decode_discrete=lambda x_d: torch.zeros(8, 3, 2, 2, dtype=torch.uint8),
-        decode_continuous=lambda x_c: torch.ones(8, 3, 2, 2, dtype=torch.uint8),
+        decode_discrete=lambda x_d: torch.zeros(3, 3, 2, 2, dtype=torch.uint8),
+        decode_continuous=lambda x_c: torch.ones(3, 3, 2, 2, dtype=torch.uint8),
     )
     grids = {}
 
@@ -451,9 +451,10 @@ def test_the_comparison_names_who_made_its_pictures(monkeypatch, tmp_path, guida
         grids[path.name] = images[:, 0, 0, 0].tolist(), rows
 
     monkeypatch.setattr(output, "save_named_grid", save_named_grid)
+    monkeypatch.setattr(output, "ROWS", 3)
     output.save_figures(system, tmp_path, 0)
     assert grids["compare.png"] == ([0, 1, 0, 1], ["X_d decoded", name] * 2)
-    assert grids["samples.png"] == ([1] * 8, [""] * 8)
+    assert grids["samples.png"] == ([1] * 3, [""] * 3)
 
 
 def test_a_png_is_a_grid_of_the_classes_and_a_line_tells_the_time(runs, tmp_path, capsys):

@@ -65,8 +65,8 @@ def test_one_command_leaves_every_stage_and_both_pictures(runs):
     for stage in ("vae", "vq", "prior"):
         assert (runs / "shapes" / stage / "last.pt").is_file()
         assert (runs / "shapes" / stage / "log.csv").is_file()
-    # ten classes of 64 pixels beside 90 for the names; eight rows, or two pairs, below 20
-    assert Image.open(runs / "shapes-dcmix" / "samples.png").size == (730, 532)
+    # ten classes of 64 pixels beside 90 for the names; two rows (here), or two pairs, below 20
+    assert Image.open(runs / "shapes-dcmix" / "samples.png").size == (730, 148)
     assert Image.open(runs / "shapes-dcmix" / "compare.png").size == (730, 276)
     # ten originals above ten reconstructions
     for stage in ("vae", "vq"):
@@ -779,6 +779,26 @@ def test_runs_are_never_written_into_the_data(tmp_path, flags):
     with pytest.raises(SystemExit, match="one lies in the other"):
         train.main(["--data", str(tmp_path / "pets"), *SMALL, "--stage", "vae", *flags])
     assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_no_process_goes_on_before_the_first_one_has_the_lock(tmp_path, monkeypatch):
+    """Where the first is refused, the others end at `barrier`, not with a traceback later on."""
+    done = []
+
+    def barrier():
+        with pytest.raises(SystemExit, match="another program"), disk.locked(tmp_path):
+            pass
+        done.append("barrier")
+
+    def read_stage(args, stage):
+        done.append("read_stage")
+        raise SystemExit
+
+    monkeypatch.setattr(train, "barrier", barrier)
+    monkeypatch.setattr(checkpoint, "read_stage", read_stage)
+    with pytest.raises(SystemExit):
+        train.fit(train.parse([]), checkpoint.Stage("mixar", tmp_path, {}, {}, None))
+    assert done == ["barrier", "read_stage"]
 
 
 def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
