@@ -9,6 +9,7 @@ Not needed to follow the paper.
 Try: head runs/shapes-dcmix/log.csv
 """
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,16 @@ def finished(saved):
     Such a tokenizer or prior is skipped. A command for more steps ends with an error (read_stage).
     """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
+
+
+def outdated(saved, stage, steps):
+    """Whether a checkpoint that needs no more steps has another length or data folder than now.
+
+    It is then saved again: with a shorter length it counts as `finished`, and by the new folder of
+    data that were moved, --truth and fid.py find them.
+    """
+    moved = stage.kind == "mixar" and saved["meta"]["data"] != stage.meta["data"]
+    return saved["step"] >= steps and (moved or not finished(saved))
 
 
 def read_stage(args, stage):
@@ -276,17 +287,13 @@ class Log:
         path = stage.folder / "log.csv"
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # neither the header nor half a row
-        rows = [line for line in lines
-                if line.count(",") == 5 and line[0].isdigit() and line[-1].isdigit()]
+        rows = [line for line in lines if re.fullmatch(r"\d+(,[^,]+){4},\d+\.?\d*", line)]
         rows = [row for row in rows if int(row.split(",")[0]) <= step]
         header = "step,loss,lr,grad_norm,images_per_second,seconds"
         text = "\n".join([header, *rows]) + "\n"
         disk.write_whole(path, lambda file: file.write(text.encode()))
         self.file = path.open("a", buffering=1)                              # row by row
         self.seconds = float(rows[-1].split(",")[5]) if rows else 0.0
-        self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
-                        mininterval=1)
-        self.B = recipe["batch"]
         self.board = None
         if args.tensorboard:
             try:
@@ -294,6 +301,9 @@ class Log:
             except ImportError:
                 raise SystemExit("--tensorboard needs: pip install tensorboard") from None
             self.board = SummaryWriter(stage.folder)
+        self.B = recipe["batch"]
+        self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
+                        mininterval=1)
 
     def write(self, step, loss, lr, norm):
         self.bar.update()

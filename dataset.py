@@ -114,7 +114,7 @@ def find_split(root, split):
     """
     folders = {path.name.lower(): path for path in folders_in(root)}
     train = [folders.pop(name) for name in ("train", "training") if name in folders]
-    held_out = [folders.pop(name) for name in ("val", "valid", "validation", "test", "testing")
+    held_out = [folders.pop(name) for name in "val valid validation dev test testing".split()
                 if name in folders]
     both = train and held_out
     only_splits = (train or held_out) and not folders
@@ -372,11 +372,11 @@ def open_arrays(folder, mode):
     for name, kind in CACHE_FILES.items():
         path = folder / f"{name}.npy"
         with disk.reading(path, f"part of a token cache (remove {folder} to make it again)"):
-            arrays[name] = np.load(path, mmap_mode=mode)
-            rows = len(arrays["moments"])
-            if arrays[name].dtype != kind or len(arrays[name]) != rows:
-                found = f"{len(arrays[name])} rows of {arrays[name].dtype}"
-                raise ValueError(f"it has {found}, not {rows} of {np.dtype(kind)}")
+            array = arrays[name] = np.load(path, mmap_mode=mode)
+            n, F, d, h, w = arrays["moments"].shape
+            shape = dict(moments=(n, F, d, h, w), indices=(n, F, h, w)).get(name, (n,))
+            if array.dtype != kind or array.shape != shape:
+                raise ValueError(f"{array.dtype} {array.shape}, not {kind.__name__} {shape}")
     return arrays
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,11 +142,16 @@ def load_checkpoint(path, kind):
         # MAR's files also hold their flags
         with torch.serialization.safe_globals([argparse.Namespace]):
             mmap = zipfile.is_zipfile(path)
+            with path.open("rb") as file:
+                pickled = file.read(1) == b"\x80"                            # by an older PyTorch
+            if not mmap and not pickled:
+                raise ValueError("it is not a file of weights")
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except (pickle.UnpicklingError, LookupError, EOFError):
-                raise ValueError("it is not a file of weights, or it holds more, which could run "
-                                 "code when loaded; if you trust it, load it with "
+            except (pickle.UnpicklingError, LookupError, EOFError) as error:
+                other = re.search(r"GLOBAL (\S+)", str(error))
+                raise ValueError(f"it holds {other[1] if other else 'more than weights'}, which "
+                                 "could run code when loaded; if you trust it, load it with "
                                  "weights_only=False and save its state_dict alone") from None
         found = saved.get("kind", kind)
         step = int(saved.get("step", 0))

@@ -363,8 +363,10 @@ def check_writable(file, suffix, inputs):
     named_twice = path.resolve() in [Path(other or "").resolve() for other in inputs]
     allowed = path.suffix == suffix and not named_twice
     if allowed and path.exists():
-        ours = read_npz(path, "mu") if suffix == ".npz" else disk.read_json(path).get("metric")
-        allowed = bool(ours)
+        if suffix == ".npz":
+            allowed = "mu" in read_npz(path, "mu")
+        else:
+            allowed = '"metric"' in path.read_text(errors="replace")
     if not allowed:
         raise SystemExit(f"{file}: name a new {suffix} file, or one that fid.py wrote and that is "
                          "not measured here")

@@ -121,13 +121,17 @@ def save_gif(path, system, y, seed, columns, x_d=None):
 def begin_folder(folder, system, args):
     """Write into `folder` how its pictures are made. SystemExit if it holds others."""
     note = folder / "settings.json"
-    left_out = ("out", "count", "batch_size")
+    # the weights stand for the files of run, vae and prior, whose names may change
+    left_out = ("out", "count", "batch_size", "run", "vae", "prior")
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings |= system.settings | dict(step=system.step, weights=disk.fingerprint(system.model))
+    for kind, part in dict(vae=system.vae, prior=system.prior).items():
+        if part is not None:
+            settings[f"{kind}_weights"] = disk.fingerprint(part)
     pictures = list(folder.glob("*.png"))
     if pictures:
         earlier = disk.read_json(note)
-        disk.check_equal(note, "as its run", earlier.get("run"), settings["run"])
+        disk.check_equal(note, "as its weights", earlier.get("weights"), settings["weights"])
         disk.check_same(folder, earlier, settings)
     disk.write_json(note, settings)
     more = len(pictures) - args.count

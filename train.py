@@ -252,8 +252,7 @@ def fit(args, stage):
         elif kind == "mixar" and args.init:
             state.start_from(args.init)
         train_steps(args, stage, state)
-        if rank == 0 and saved and saved["step"] >= steps and not checkpoint.finished(saved):
-            # It was begun for more steps. With this command's length, the next skips the stage.
+        if rank == 0 and saved and checkpoint.outdated(saved, stage, steps):
             state.save()
         if rank == 0 and stage.preview:
             stage.preview(state.ema.eval())
@@ -408,12 +407,13 @@ def keep_freed_memory():
 
 
 def within(low, high=math.inf, kind=float):
-    """The argparse type of a finite number in [low, high]."""
+    """The argparse type of a finite number in [low, high]. Its errors show the __name__."""
     def number(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):                    # nan is refused, too
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 

@@ -191,7 +191,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 @pytest.mark.parametrize("train", ["train", "training", "Train"])
-@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test", "testing"])
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "dev", "test", "testing"])
 def test_usual_names_of_splits_are_known(tmp_path, train, held_out):
     source = make(tmp_path, f"{train}/0", f"{held_out}/0", f"{held_out}/1")
     assert source.classes == ["0"] and not source.held_out
@@ -663,8 +663,9 @@ DAMAGE = [
     ("moments.npy", lambda path: path.write_bytes(path.read_bytes()[:200]), "moments.npy: not"),
     ("indices.npy", lambda path: path.write_bytes(b""), "indices.npy: not"),
     ("status.npy", lambda path: path.unlink(), "status.npy: not .*No such file"),
-    ("labels.npy", lambda path: np.save(path, np.arange(5)), "it has 5 rows of int64, not 6 of"),
-    ("labels.npy", lambda path: np.save(path, np.ones(6)), "6 rows of float64, not 6 of int64"),
+    ("labels.npy", lambda path: np.save(path, np.arange(5)), r"int64 \(5,\), not int64 \(6,\)"),
+    ("labels.npy", lambda path: np.save(path, np.zeros((6, 2), int)), r"int64 \(6, 2\), not int64"),
+    ("labels.npy", lambda path: np.save(path, np.ones(6)), r"float64 \(6,\), not int64"),
     ("labels.npy", lambda path: np.save(path, np.full(6, 10)), "classes beyond 10"),
     ("meta.json", lambda path: path.write_text("{"), "meta.json: not .*Expecting"),
     ("meta.json", lambda path: path.write_text("7"), "meta.json: not a readable note"),

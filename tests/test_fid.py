@@ -799,7 +799,9 @@ def test_only_an_earlier_report_is_written_over(world, runs, tmp_path):
     note = runs / "shapes" / "tokens" / "meta.json"
     np.savez(tmp_path / "mine.npz", arr_0=blobs(3))
     (tmp_path / "report.json").write_text('{"metric": "FID"}')
-    for flag, path in (("--json", note), ("--save-stats", tmp_path / "mine.npz")):
+    (tmp_path / "list.json").write_text("[1]")
+    for flag, path in (("--json", note), ("--json", tmp_path / "list.json"),
+                       ("--save-stats", tmp_path / "mine.npz")):
         before = path.read_bytes()
         with pytest.raises(SystemExit, match="or one that fid.py wrote"):
             fid.main([str(world / "samples.npz"), flag, str(path)])

@@ -521,34 +521,27 @@ def test_accumulation_gives_the_gradients_of_the_undivided_batch(monkeypatch, ki
         assert (one - four).abs().max() <= 1e-5 * largest
 
 
-def test_processes_talk_once_a_step(tmp_path):
-    """--accumulate: gradients are averaged over processes after the last part alone."""
+def test_processes_talk_once_a_step():
+    """--accumulate: gradients are averaged over processes after the last part alone.
+
+    DistributedDataParallel averages those of a forward call if require_backward_grad_sync is True.
+    """
     talks = []
 
-    def talk(state, bucket):
-        talks.append(1)
-        averaged = torch.futures.Future()
-        averaged.set_result(bucket.buffer())
-        return averaged
-
     def mean_output(model, batch, rng, step):
-        return model(batch).mean()
+        talks.append(loss_module.require_backward_grad_sync)
+        return model(*batch).mean()
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        args = train.parse(["--amp", "fp32"])
-        model = torch.nn.Linear(2, 1)
-        ddp = DistributedDataParallel(train.Loss(model, mean_output))
-        ddp.register_comm_hook(None, talk)
-        parts = [(torch.ones(1, 2), train.Rng(0, 0, 1, CPU)) for _ in range(3)]
-        optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        for step in (1, 2):
-            state = SimpleNamespace(model=model, optimizer=optimizer, step=0)
-            train.update(args, ddp, state, parts)
-            assert len(talks) == step
-        assert model.weight.grad.tolist() == [[1.0, 1.0]]
-    finally:
-        dist.destroy_process_group()
+    args = train.parse(["--amp", "fp32"])
+    model = torch.nn.Linear(2, 1)
+    loss_module = train.Loss(model, mean_output)
+    parts = [((torch.ones(1, 2),), train.Rng(0, 0, 1, CPU)) for _ in range(3)]
+    state = SimpleNamespace(model=model, step=0,
+                            optimizer=torch.optim.SGD(model.parameters(), 0.0))
+    for _ in range(2):
+        train.update(args, loss_module, state, parts)
+    assert talks == [False, False, True] * 2
+    assert model.weight.grad.tolist() == [[1.0, 1.0]]
 
 
 @pytest.mark.parametrize("guidance", backbone.GUIDANCES)
@@ -877,9 +870,27 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
 def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_pictures):
     run = copy_run(runs, tmp_path / "run")
     with (run / "log.csv").open("ab") as file:
-        file.write(b"\xff\xfe,\x80\n")
+        file.write(b"\xff\xfe,\x80\n1e9,2,3,4,5,6\n1,2,3,4,5,6.6.6\n")
     train.main(mixar(runs, run, "--steps", 3))
     assert [row["step"] for row in log_rows(run)] == ["2", "3"]
+
+
+def test_a_finished_run_learns_where_its_data_moved(runs, tmp_path, no_pictures):
+    """A second command, with nothing left to train, notes the new folder for --truth and fid.py."""
+    run = copy_run(runs, tmp_path / "run")
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["meta"]["data"] = "/moved"
+    torch.save(saved, run / "last.pt")
+    train.main(mixar(runs, run, "--steps", 2))
+    assert weights(run, "meta")["data"] == "shapes"
+    assert same_weights(weights(run), saved["model"])
+
+
+def test_another_guidance_than_the_run_has_is_said_before_anything_is_trained(runs, tmp_path):
+    flags = ["--guidance", "none", "--out", runs / "shapes-dcmix"]
+    with pytest.raises(SystemExit, match="dcmix.* as --guidance and --mix-at"):
+        train.main(mixar(tmp_path / "other", *flags[-1:], *flags[:2]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_prior_of_other_bits_is_refused(runs, tmp_path):
@@ -1064,6 +1075,12 @@ def test_numbers_that_train_nothing_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit):
         train.parse([flag, value])
     assert f"argument {flag}: {value} is not in [" in capsys.readouterr().err
+
+
+def test_half_a_step_is_no_whole_number(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--steps", "2.5"])
+    assert "argument --steps: invalid whole number value: '2.5'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [train, sample])
