@@ -217,10 +217,11 @@ def check_files(args, shared, run, classes):
         if a.is_relative_to(b) or b.is_relative_to(a):
             raise SystemExit(f"{ours}, where this run would be, and {other}: one lies in the "
                              "other; choose another --runs or --out")
-    named = [("vae", args.vae), ("vq", args.vq), ("prior", args.prior), ("mixar", args.init)]
     if args.stage == "mixar" and (run / "last.pt").is_file():
-        named.append(("mixar", run))
-    for kind, file in named:
+        config = disk.load_checkpoint(run, "mixar").get("config", {})
+        disk.check_same(run / "last.pt", config, dict(guidance=args.guidance, mix_at=args.mix_at))
+    named = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in named.items():
         if not file:
             continue
         _, saved = backbone.load_model(file, kind)
@@ -229,7 +230,7 @@ def check_files(args, shared, run, classes):
         disk.check_equal(file, "classes", config.get("classes", classes), classes)
         if kind == "mixar":
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
-            disk.check_equal(file, "as --guidance and --mix-at", found,
+            disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
                              (args.guidance, args.mix_at))
 
 
