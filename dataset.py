@@ -372,11 +372,11 @@ def open_arrays(folder, mode):
     for name, kind in CACHE_FILES.items():
         path = folder / f"{name}.npy"
         with disk.reading(path, f"part of a token cache (remove {folder} to make it again)"):
-            array = arrays[name] = np.load(path, mmap_mode=mode)
+            arrays[name] = np.load(path, mmap_mode=mode)
             n, F, d, h, w = arrays["moments"].shape
-            shape = dict(moments=(n, F, d, h, w), indices=(n, F, h, w)).get(name, (n,))
-            if array.dtype != kind or array.shape != shape:
-                raise ValueError(f"{array.dtype} {array.shape}, not {kind.__name__} {shape}")
+            shapes = dict(moments=(n, F, d, h, w), indices=(n, F, h, w), status=(n,), labels=(n,))
+            if arrays[name].dtype != kind or arrays[name].shape != shapes[name]:
+                raise ValueError(f"expected {kind.__name__} numbers of the shape {shapes[name]}")
     return arrays
 
 

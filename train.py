@@ -407,7 +407,7 @@ def keep_freed_memory():
 
 
 def within(low, high=math.inf, kind=float):
-    """The argparse type of a finite number in [low, high]. Its errors show the __name__."""
+    """The argparse type of a finite number in [low, high]. Errors show its __name__."""
     def number(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):                    # nan is refused, too
