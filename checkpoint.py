@@ -10,6 +10,7 @@ Try: head runs/shapes-dcmix/log.csv
 """
 import copy
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,10 +189,11 @@ def read_stage(args, stage):
 
 def skipped_before(folder, kind):
     """The names of the unreadable pictures that the tokenizer in `folder` was trained without."""
-    if not (folder / "last.pt").is_file():
+    path = folder / "last.pt"
+    if not path.is_file():
         return []
-    saved = disk.load_checkpoint(folder, kind)
-    with disk.reading(folder / "last.pt", f"{kind} checkpoint"):
+    saved = disk.load_checkpoint(path, kind)
+    with disk.reading(path, f"{kind} checkpoint"):
         return list(saved["meta"].get("skipped", []))
 
 
@@ -302,6 +304,8 @@ class Log:
                 raise SystemExit("--tensorboard needs: pip install tensorboard") from None
             self.board = SummaryWriter(stage.folder)
         self.B = recipe["batch"]
+        self.first = step
+        self.start = time.monotonic()
         self.bar = tqdm(desc=f"{stage.kind:6}", unit="step", initial=step, total=recipe["steps"],
                         mininterval=1)
 
@@ -310,8 +314,8 @@ class Log:
         if step % LOG_EVERY and step < self.bar.total:
             return
         self.bar.set_postfix(loss=f"{loss:.4f}")
-        elapsed = self.bar.format_dict["elapsed"]
-        speed = (step - self.bar.initial) * self.B / elapsed
+        elapsed = time.monotonic() - self.start
+        speed = (step - self.first) * self.B / elapsed
         seconds = self.seconds + elapsed
         self.file.write(f"{step},{loss:.6f},{lr:.4g},{norm:.4f},{speed:.1f},{seconds:.2f}\n")
         if self.board:

@@ -233,9 +233,9 @@ class System:
         d_c = self.vae.post_quant_conv.in_channels
         disk.check_equal(run, "channels", model.d_c, d_c)
         if self.prior and self.vq:
-            classes = len(self.meta["classes"])
-            found = (self.prior.N, self.prior.bits, self.prior.classes)
-            disk.check_equal(run, "tokens, bits, classes", (model.N, self.vq.bits, classes), found)
+            found = (model.N, self.vq.bits, len(self.meta["classes"]))
+            expected = (self.prior.N, self.prior.bits, self.prior.classes)
+            disk.check_equal(run, "tokens, bits, classes", found, expected)
 
     def load_part(self, kind, file):
         """The vae, vq or prior: in this file, else in the one that the run names, else None."""
@@ -281,8 +281,8 @@ class System:
 
         def noise(now, n):
             n_now = int(now[0].sum())
-            drawn = rng(torch.randn, n, n_now, self.model.d_c)               # (B, n, n_now, C)
-            return drawn.transpose(0, 1).flatten(1, 2)                       # (n, B n_now, C)
+            # (B, n, n_now, C) -> (n, B n_now, C)
+            return train.as_rows(rng(torch.randn, n, n_now, self.model.d_c))
 
         with train.autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"],

@@ -93,7 +93,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...). Entry [r, j] is for token j of z[m], draw r of its R."""
+    """(B, R, N', ...) -> (R, B N', ...). Entry [r, j] is number r of the R of token j of z[m]."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 

@@ -376,6 +376,18 @@ def test_the_log_is_never_empty_between_a_resume_and_its_next_row(tmp_path):
     assert [row["step"] for row in log_rows(tmp_path)] == [str(checkpoint.LOG_EVERY)] == ["10"]
 
 
+def test_the_log_needs_no_progress_bar(tmp_path, monkeypatch):
+    """TQDM_DISABLE=1 hides all bars. A bar that is off keeps neither its start nor the time."""
+    monkeypatch.setattr(checkpoint, "tqdm", partial(checkpoint.tqdm, disable=True))
+    args = train.parse(["--steps", "14", "--batch-size", "6"])
+    log = checkpoint.Log(args, checkpoint.Stage("mixar", tmp_path, {}, {}, None), 4)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: log.start + 1.5)
+    for step in range(5, 15):
+        log.write(step, 1.0, 1e-3, 1.0)
+    speeds = [(row["step"], row["images_per_second"], row["seconds"]) for row in log_rows(tmp_path)]
+    assert speeds == [("10", "24.0", "1.50"), ("14", "40.0", "1.50")]
+
+
 # several processes
 
 KINDS = ["vae", "vq", "prior", "mixar"]
