@@ -345,9 +345,9 @@ def read_all(source):
     n = len(source.labels)
     with ThreadPoolExecutor(None if isinstance(source, Folder) else 1) as threads:
         found = list(tqdm(threads.map(source.read, range(n)), "pictures", n, leave=False))
-    bad = [i for i in range(n) if isinstance(found[i], str)]
-    report_skipped(source, {i: found[i] for i in bad})
-    good = np.setdiff1d(np.arange(n), bad)
+    reasons = {i: picture for i, picture in enumerate(found) if isinstance(picture, str)}
+    report_skipped(source, reasons)
+    good = np.setdiff1d(np.arange(n), list(reasons))
     return np.stack([found[i] for i in good]), source.labels[good]
 
 

@@ -364,7 +364,7 @@ def check_writable(file, suffix, inputs):
     allowed = path.suffix == suffix and not named_twice
     if allowed and path.exists():
         if suffix == ".npz":
-            allowed = "mu" in read_npz(path, "mu")
+            allowed = read_npz(path, "mu")
         else:
             allowed = '"metric"' in path.read_text(errors="replace")
     if not allowed:

@@ -162,8 +162,7 @@ def sample_folder(system, folder, labels, args, truth):
         pictures = system.sample(args.seed, indices, y, args.decode, x_d)
         seconds += time.time() - start
         for i, picture in zip(indices, pictures):
-            image = tile(picture[None], 1)
-            save_png(image, png(folder, i))
+            save_png(tile(picture[None], 1), png(folder, i))
     if missing:
         s = system.settings
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "

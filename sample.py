@@ -230,8 +230,7 @@ class System:
             raise SystemExit(f"{run} is an official MAR file and names no VAE; add --vae FILE")
         stride = 2 ** (len(self.vae.encoder.down) - 1)
         self.size = math.isqrt(model.N) * stride                             # in pixels
-        d_c = self.vae.post_quant_conv.in_channels
-        disk.check_equal(run, "channels", model.d_c, d_c)
+        disk.check_equal(run, "channels", model.d_c, self.vae.post_quant_conv.in_channels)
         if self.prior and self.vq:
             found = (model.N, self.vq.bits, len(self.meta["classes"]))
             expected = (self.prior.N, self.prior.bits, self.prior.classes)

@@ -13,6 +13,7 @@ Feeds train.py, whose `main` calls it. Not needed to follow the paper.
 Try: python train.py --stage vae
 """
 import os
+from contextlib import nullcontext
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -220,8 +221,7 @@ def check_files(args, shared, run, classes):
     if args.stage == "mixar" and (run / "last.pt").is_file():
         config = disk.load_checkpoint(run, "mixar").get("config", {})
         disk.check_same(run / "last.pt", config, dict(guidance=args.guidance, mix_at=args.mix_at))
-    named = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
-    for kind, file in named.items():
+    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init).items():
         if not file:
             continue
         _, saved = backbone.load_model(file, kind)
@@ -257,20 +257,23 @@ def train_stages(args):
             train_tokenizer(args, shared, kind, source)
         if args.stage == kind:
             return
+    cache = shared / "tokens"
     vq_file = args.vq or shared / "vq"
     vae, _ = backbone.load_model(args.vae or shared / "vae", "vae")
     vq, _ = backbone.load_model(vq_file, "vq")
     disk.check_equal(vq_file, "levels", len(vq.encoder.down), len(vae.encoder.down))
     if train.world()[0] == 0:
         # convolutions are faster with the channels last
-        vae.to(args.device, memory_format=torch.channels_last)
-        vq.to(args.device, memory_format=torch.channels_last)
-        with disk.locked(shared / "tokens"):
-            dataset.cache_tokens(shared / "tokens", source, vae, vq, args.device)
+        for tokenizer in (vae, vq):
+            tokenizer.to(args.device, memory_format=torch.channels_last)
+        # several programs at once may read a complete cache; its mean is written last
+        complete = "mean" in disk.read_json(cache / "meta.json")
+        with nullcontext() if complete else disk.locked(cache):
+            dataset.cache_tokens(cache, source, vae, vq, args.device)
     train.barrier()
     if args.stage == "cache":
         return
-    tokens = dataset.Tokens(shared / "tokens")
+    tokens = dataset.Tokens(cache)
     if not args.prior:
         train_prior(args, shared, tokens)
     if args.stage != "prior":

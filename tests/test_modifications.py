@@ -43,21 +43,20 @@ def texts(folder):
     return {f"{name}.py": (folder / f"{name}.py").read_text() for name in NAMES}
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of the eight files, and of what the checks need of the tests."""
-    folder = tmp_path / "copy"
+def copy_files(folder):
+    """Copy the product's files, and what the checks need of the tests, to `folder`."""
     (folder / "tests").mkdir(parents=True)
     for name in NAMES:
         shutil.copy(ROOT / f"{name}.py", folder)
     for name in HELPERS:
         shutil.copy(ROOT / "tests" / name, folder / "tests")
-    return folder
 
 
 @pytest.fixture
-def patched(copy, name):
-    """The same with the patch of this name."""
+def patched(tmp_path, name):
+    """A copy with the patch of this name."""
+    copy = tmp_path / "copy"
+    copy_files(copy)
     error = git_apply(copy, name)
     assert not error, (f"tests/modifications/{name}.patch no longer applies. If this repository "
                        "has it already, take it back. Else make the change again by hand, and the "
@@ -95,15 +94,31 @@ def changed_places(before, after):
     return whole
 
 
+@pytest.fixture(scope="module")
+def checks(runs, tmp_path_factory):
+    """The checks of all modifications, all started at once: {name: (process, its folder)}."""
+    started = {}
+    for name in MODIFICATIONS:
+        place = tmp_path_factory.mktemp(name)
+        copy = place / "copy"
+        copy_files(copy)
+        # a patch that does not apply is told by `patched`
+        git_apply(copy, name)
+        environment = running.ENVIRONMENT | {"PYTHONPATH": f"{copy}:{copy / 'tests'}"}
+        command = [sys.executable, PATCHES / f"{name}.py", runs, place / "run"]
+        process = subprocess.Popen(command, env=environment, cwd=place, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started[name] = (process, place)
+    return started
+
+
 @each
-def test_a_modification_does_what_its_page_says(patched, tmp_path, runs, name):
+def test_a_modification_does_what_its_page_says(patched, checks, name):
     """The check tests/modifications/NAME.py passes. Its last line says what went wrong."""
-    environment = running.ENVIRONMENT | {"PYTHONPATH": f"{patched}:{patched / 'tests'}",
-                                         "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, PATCHES / f"{name}.py", runs, tmp_path / "run"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "some.npz").is_file()
+    process, place = checks[name]
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert (place / "run" / "some.npz").is_file()
 
 
 @each

@@ -243,8 +243,8 @@ def test_a_file_of_another_family_is_refused(tmp_path, kind):
 def test_any_missing_key_is_named(tmp_path, kind):
     """The line says "missing", also for the keys that tell the architecture."""
     state = golden.official(TINY[kind])
-    # a third of them
-    for missing in list(state)[::3]:
+    # a fifth of them; a block has eight keys or more, so each of its kinds comes in some block
+    for missing in list(state)[::5]:
         rest = {key: value for key, value in state.items() if key != missing}
         path = save(tmp_path, rest)
         with pytest.raises(SystemExit) as error:
@@ -262,8 +262,8 @@ def test_any_mis_shaped_key_is_refused(tmp_path, kind):
     rows.
     """
     state = golden.official(TINY[kind])
-    # a third of them
-    for key, value in list(state.items())[::3]:
+    # a fifth of them
+    for key, value in list(state.items())[::5]:
         refused(save(tmp_path, state | {key: torch.zeros(())}), kind)
         if key != "class_emb.weight":
             one_row_more = torch.zeros(value.shape[0] + 1, *value.shape[1:])

@@ -251,6 +251,7 @@ def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(
     whole = tmp_path / "whole"
     resumed = tmp_path / "killed"
     flags = ["--steps", 14, "--save-every", 4]
+    undisturbed = running.start("tests/quick_train.py", *mixar(runs, whole, *flags))
     killed = running.start("tests/quick_train.py", *mixar(runs, resumed, *flags))
     wait_for_rows(killed, resumed, 6)
     killed.send_signal(signal.SIGKILL)
@@ -258,8 +259,8 @@ def test_killed_run_ends_bit_identical_to_an_uninterrupted_one(
     assert 4 <= weights(resumed, "step") < 14
 
     monkeypatch.setattr(checkpoint, "LOG_EVERY", 1)
-    train.main(mixar(runs, whole, *flags))
     train.main(mixar(runs, resumed, *flags))
+    undisturbed.communicate()
     for key in ("model", "ema"):
         same = same_weights(weights(whole, key), weights(resumed, key))
         assert same, f"{key} differs after the resume"
@@ -475,11 +476,11 @@ def test_torchrun_with_two_processes_trains_the_same_weights(runs, tmp_path, no_
 
     What all processes know is printed once.
     """
+    arguments = mixar(runs, tmp_path / "two", "--steps", 3, "--accumulate", 2)
+    processes = running.start("tests/quick_train.py", *arguments, processes=2)
     train.main(mixar(runs, tmp_path / "one", "--steps", 3))
-    flags = ["--steps", 3, "--accumulate", 2]
-    arguments = mixar(runs, tmp_path / "two", *flags)
-    code, said, err = running.run("tests/quick_train.py", *arguments, processes=2)
-    assert code == 0, err
+    said, err = processes.communicate()
+    assert processes.returncode == 0, err
     assert said.count("data: 64 pictures") == 1
     one = weights(tmp_path / "one")
     two = weights(tmp_path / "two")
@@ -810,6 +811,20 @@ def test_a_second_program_on_the_same_stage_is_told_so(runs, tmp_path):
     with disk.locked(tmp_path / "run"):
         with pytest.raises(SystemExit, match="run: another program is writing into this folder"):
             train.main(mixar(runs, tmp_path / "run", "--steps", 1))
+
+
+def test_programs_share_a_complete_cache_but_only_one_makes_it(runs, tmp_path, no_pictures):
+    mine = tmp_path / "runs"
+    shutil.copytree(runs / "shapes", mine / "shapes")
+    note = mine / "shapes" / "tokens" / "meta.json"
+    with disk.locked(note.parent):
+        train.main(mixar(mine, tmp_path / "run", "--steps", 1))
+        meta = disk.read_json(note)
+        meta.pop("mean")
+        disk.write_json(note, meta)
+        with pytest.raises(SystemExit, match="tokens: another program is writing"):
+            train.main(mixar(mine, tmp_path / "run", "--steps", 1))
+    assert weights(tmp_path / "run", "step") == 1
 
 
 def test_a_run_names_our_files_relative_to_itself(runs):
