@@ -33,7 +33,7 @@ BASE = dict(
     mar=dict(D=768, depth=12, heads=12, K=64, dropout=0.1,                            # [MAR]
              head_depth=6, head_width=1024),
 )
-# depth: of the encoder and of the decoder. With MAR-H's head, large has Table 2's 557M.   [paper]
+# depth: of the encoder and of the decoder. With MAR-H's head, large has Table 2's 557M.    [ours]
 LARGE_MAR = dict(D=1024, depth=16, heads=16, K=64, dropout=0.1,
                  head_depth=12, head_width=1536)
 PRESETS = {
@@ -145,8 +145,8 @@ class MAR(nn.Module):
     """p_theta(x_c^i | x_c^{<i}, X_d) of Eq. (6): encoder, decoder and Eq. (5)'s diffusion head.
 
     guidance   at masked positions the decoder gets     other ways in for X_d
-    none       the mask token                           none
-    dcmix      the embedded x_d of Eq. (9)              none
+    none       the mask token                           -
+    dcmix      the embedded x_d of Eq. (9)              -
     dcsa       the mask token                           a prefix in encoder and decoder
     dcca       the mask token                           cross-attention in every block of both
 
@@ -275,7 +275,7 @@ class MAR(nn.Module):
 
         # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
         # MAR's mask token or, for DC-Mix, the discrete token of Eq. (9), embedded but not encoded.
-        # Visible tokens went through decoder_embed in `encode`, the others do here.
+        # Visible tokens went through decoder_embed in `encode`, a discrete token does here.
         # With mix_at="encoder" all tokens are visible, and no placeholder stays.
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)

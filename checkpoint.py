@@ -122,7 +122,7 @@ class Stage:
     kind: str                          # "vae", "vq", "prior" or "mixar"
     folder: Path                       # where its checkpoint lies, last.pt
     config: dict                       # the arguments of its model
-    made_from: dict                    # pictures or tokens (and more): the same on resuming
+    made_from: dict                    # its pictures or tokens: the same in a resumed run
     loss: Callable                     # loss(model, batch, rng, step)
     n: int = 0                         # how many pictures there are
     get_batch: Callable = None         # get_batch(pictures, rng) gives the tensors of a batch
@@ -135,9 +135,9 @@ class Stage:
 
 
 def finished(saved):
-    """Whether the stage behind a checkpoint has made all the steps of its last command.
+    """Whether a checkpoint has made all the steps that its last command asked for.
 
-    Such a tokenizer or prior is skipped. A command for more steps ends with an error (read_stage).
+    A finished tokenizer or prior is not trained again; more steps are an error, see read_stage.
     """
     return saved["step"] >= saved["args"]["recipe"][saved["kind"]]["steps"]
 
@@ -145,8 +145,8 @@ def finished(saved):
 def outdated(saved, stage, steps):
     """Whether a checkpoint that needs no more steps has another length or data folder than now.
 
-    It is then saved again: with a shorter length it counts as `finished`, and by the new folder of
-    data that were moved, --truth and fid.py find them.
+    It is then saved again, so that it counts as `finished` under a shorter --steps, and so that
+    --truth and fid.py find data that were moved.
     """
     moved = stage.kind == "mixar" and saved["meta"]["data"] != stage.meta["data"]
     return saved["step"] >= steps and (moved or not finished(saved))
@@ -158,7 +158,8 @@ def read_stage(args, stage):
     Returns (None, "") if there is none. SystemExit in three cases:
         it was begun with another config or made from something else
         it was begun with another seed or batch, and is not a finished tokenizer or prior
-        it is one, so that tokens and runs may depend on it, and this command asks for more steps
+        it is a finished tokenizer or prior, on which tokens and runs may depend, and this command
+            asks for more steps
     """
     kind = stage.kind
     if not stage.path.exists():

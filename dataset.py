@@ -59,10 +59,10 @@ def read_rgb(path):
 # A data set is a class like the three below, and a branch in open_source. It is made from a folder
 # (not Shapes), the split "train" or "test", the size of the pictures and how many, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
-#     names              a text for every picture that tells it from all others, also from those
-#                        of other data sets, and does not change when the folder is moved
+#     names              a text that identifies every picture, also among those of other data
+#                        sets, and does not change when the folder is moved
 #     mirror             whether training may mirror the pictures, unless --mirror says otherwise
-#     held_out           whether the pictures are not used in training (False if there are none)
+#     held_out           whether they are held out from training; False if none of the set are
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
 # open_source adds `data`, the folder, and `skipped`, the names of pictures that cannot be read.
@@ -174,7 +174,7 @@ def idx_files(root, pattern="*"):
 
 
 def read_idx(root, part, content, axes):
-    """The uint8 array, with `axes` axes, in the file of a part ("train") and content ("images").
+    """The uint8 array, with `axes` axes, of a split ("train") and a kind of content ("images").
 
     A file name may begin with anything, as in emnist-letters-train-images-idx3-ubyte.
     """
@@ -458,7 +458,7 @@ def statistics(moments, rows):
 
 
 class Tokens:
-    """The token cache in `folder`: x_c and x_d of n pictures with `labels` (n,) in `classes`."""
+    """The token cache in `folder`: n pictures with `labels` (n,), numbers of `classes`."""
 
     def __init__(self, folder):
         arrays = open_arrays(folder, "r")

@@ -1,8 +1,8 @@
 """One rule for reading a file, and one for writing it. Weights become a model in `build`.
 
 Whatever goes wrong with a file ends the program with one line: which file, what was wrong, what to
-do. `write_whole` writes a file whole or not at all. Inside `locked`, no other program of ours
-writes into the folder.
+do. `write_whole` writes a file whole or not at all. Inside `locked`, no other program that locks
+the same folder writes into it.
 
 Reads no other file of this folder. Feeds all that read or write files.
 Not needed to follow the paper.
@@ -65,10 +65,10 @@ def check_same(path, was, now):
 
 @contextmanager
 def locked(folder):
-    """Inside, no other program of ours may write into `folder`. SystemExit if one is there.
+    """Inside, no other program may lock `folder`. SystemExit if one has locked it.
 
-    The system takes the lock back when a program ends in any way. What a killed one left behind
-    half written is removed.
+    The system frees the lock however a program ends. Half-written files that a killed one left are
+    removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
@@ -163,7 +163,8 @@ def load_checkpoint(path, kind):
 def build(cls, config, state):
     """The model cls(**config) with the weights `state`, ready for inference.
 
-    ValueError naming a weight that is not finite or of another kind than the model's.
+    ValueError for a config that cannot be, or naming a weight that is not finite or of another kind
+    than the model's. RuntimeError, of load_state_dict, for other names or shapes.
     """
     # a damaged config must not build millions of layers, or heads that do not divide the width
     depths = [config.get(name, 0) for name in ("depth", "head_depth", "blocks")]
@@ -196,6 +197,6 @@ def count_modules(state, prefix):
 
 
 def check_equal(path, what, found, expected):
-    """SystemExit if something of the file at `path` is not as in what it is used with."""
+    """SystemExit if the file at `path` has another `what` than the files it is used with."""
     if found != expected:
         raise SystemExit(f"{path} has {found} {what}; what it is used with has {expected}")

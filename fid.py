@@ -96,7 +96,7 @@ def find_weights(args, run, data):
     if args.features != "classifier":
         return args.features
     if not data:
-        raise SystemExit(f"nothing tells the data set behind {args.pictures}; choose --features")
+        raise SystemExit(f"which data set is {args.pictures} of? Give B, or --features")
     if data != "shapes":
         data = str(Path(data).resolve())
     folder = run.shared if run else Path("runs") / Path(data).name
@@ -191,7 +191,7 @@ class PictureSet:
         self.classes = source.classes
         counts = np.bincount(source.labels, minlength=len(source.classes))
         if counts.max() > 2 * counts.min():
-            print(f"{self.what} has {counts.min()} to {counts.max()} pictures of a class; "
+            print(f"{self.what} has {counts.min()} to {counts.max()} pictures per class; "
                   "a run is sampled with as many of each")
         note["split"] = "held out" if source.held_out else "all, nothing is held out"
         return len(source.labels), lambda numbers: [source.read(i) for i in numbers], note
@@ -383,7 +383,7 @@ def evaluate(args):
             check_writable(file, suffix, [args.pictures, args.reference])
     a = PictureSet(args.pictures, args.device)
     if a.kind == "statistics" and args.count:
-        raise SystemExit(f"{a.what} holds statistics, of which --count takes no part")
+        raise SystemExit(f"{a.what} holds statistics, to which --count does not apply")
     name = args.reference or (a.run and a.data)
     b = PictureSet(name, args.device) if name else None
     if args.rfd and (not a.run or not b or b.kind == "statistics"):

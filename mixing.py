@@ -77,7 +77,7 @@ def sample_mask(order, ratio):
 
 
 def pad(x_d, d_c):
-    """x_d with zeros appended to d_c channels: the "padded discrete tokens" of section 4.2.
+    """x_d with zeros appended, d_c channels in all: "padded discrete tokens" of section 4.2.
 
     The paper pads their embeddings from the codebook. MaskBit's codebook holds the bits themselves.
 
@@ -169,8 +169,8 @@ def ti_mix(x_d, x_hat, m, rho, lam):
 def ti_lambda(step, steps):
     """lambda of Eq. (12), falling linearly from 1 at the first step to 0 at the last.   [ours]
 
-    The paper only says that it falls (section 3.4).
+    The paper only says that it falls (section 3.4). A run of one step takes 1.
 
-    step: int in 0 .. steps - 1
+    step: int in 0 .. steps - 1, of this run: steps before --init do not count
     """
     return 1 - step / max(steps - 1, 1)

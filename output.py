@@ -35,7 +35,7 @@ def truncate(x):
 
 
 def check_finite(x):
-    """SystemExit if x, of a model, holds NaN or inf, of which no picture can be made."""
+    """SystemExit if x, which a model made, holds NaN or inf."""
     if not x.isfinite().all():
         raise SystemExit("a model gave values that are not finite; try a lower --cfg, --prior-cfg "
                          "or --temperature, or --amp fp32")
@@ -140,7 +140,7 @@ def begin_folder(folder, system, args):
 
 
 def sample_folder(system, folder, labels, args, truth):
-    """A png of every image in `folder`, by all processes; those that are there are kept.
+    """Write every image to `folder` as a png, by all processes; those that are there are kept.
 
     truth: truth(indices) is the X_d of these images, or None if the prior draws it
     SystemExit if the folder holds samples of other settings.
@@ -167,7 +167,7 @@ def sample_folder(system, folder, labels, args, truth):
         s = system.settings
         print(f"{seconds / len(missing):.4f} s/image on each of {ranks} process(es), "
               f"{ranks * len(missing) / seconds:.3g} images/s in all, "
-              f"{system.prior_seconds / seconds:.0%} of it the prior; {len(missing)} images, "
+              f"{system.prior_seconds / seconds:.0%} of it the prior; {len(missing)} images here, "
               f"batch {min(args.batch_size, len(missing))}, {args.device}, {s['ar_steps']} AR x "
               f"{s['diffusion_steps']} diffusion steps, cfg {s['cfg']}, amp {args.amp}")
     train.barrier()

@@ -66,9 +66,8 @@ def prior_cfg_at(cfg, power, i, steps):
 def least_certain(score, known, done):
     """Eq. (4): which codes are hidden again after a step that is not the last.   [MaskBit]
 
-    They are the k codes of lowest score in each image. At least one is hidden and at least one is
-    kept, so that every step brings something new. As there are no more steps than codes (open_run),
-    two codes or more are hidden before a step that is not the last.
+    They are the k codes of lowest score in each image. open_run allows at most one step per code.
+    So two codes or more are hidden before such a step: at least one is kept, and one hidden again.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
@@ -124,7 +123,8 @@ def sample_prior(prior, y, choose, gumbel, steps, cfg, power, temperature):
 def hidden_after(s, steps, N, n_hidden):
     """Eq. (6): how many of N tokens stay hidden after AR step s, of n_hidden before it.   [MAR]
 
-    It is at least 1, also for the last step, where `generate` takes 0 instead.
+    It is at least 1, also for the last step, where `generate` takes 0 instead. There are at most N
+    steps, see open_run.
     """
     n = math.floor(N * math.cos(math.pi / 2 * (s + 1) / steps))
     return max(1, min(n_hidden - 1, n))
@@ -165,7 +165,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         n_after = hidden_after(s, ar_steps, N, n_hidden)
         share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        # 0 only now: the scale was computed from at least 1, and stays below cfg, as in MAR
+        # The last step hides nothing. The scale comes first, from n_after >= 1, as in MAR.
         if s == ar_steps - 1:
             n_after = 0
         m = mixing.hide(order, n_hidden)
@@ -186,11 +186,15 @@ def describe_official(model):
     """What stages.describe_run says of a run, for an official MAR on KL-16's latents.   [MAR]"""
     n, D = model.class_emb.weight.shape
     preset = {768: "base", 1280: "huge"}.get(D, "large")
-    classes = [str(k) for k in range(n)]
-    mean = [0.0] * model.d_c
-    std = [1 / 0.2325] * model.d_c
-    return dict(data=None, classes=classes, sampling=SAMPLING[preset], latent_mean=mean,
-                latent_std=std, shared=".", files={})
+    return dict(
+        data=None,
+        classes=[str(k) for k in range(n)],
+        sampling=SAMPLING[preset],
+        latent_mean=[0.0] * model.d_c,
+        latent_std=[1 / 0.2325] * model.d_c,
+        shared=".",
+        files={},
+    )
 
 
 class System:
@@ -281,7 +285,7 @@ class System:
         def noise(now, n):
             n_now = int(now[0].sum())
             # (B, n, n_now, C) -> (n, B n_now, C)
-            return train.as_rows(rng(torch.randn, n, n_now, self.model.d_c))
+            return rng(torch.randn, n, n_now, self.model.d_c).transpose(0, 1).flatten(1, 2)
 
         with train.autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"],

@@ -2,7 +2,7 @@
 
     vae      pixels -> the continuous tokenizer, Eq. (7)
     vq       pixels -> the bit tokenizer, Eq. (7)
-    cache    x_c and x_d of every picture
+    cache    the posterior of x_c, and x_d, of every picture
     prior    X_d -> p_phi(X_d)
     mixar    X_c and X_d -> p_theta(X_c | X_d)
 
@@ -65,8 +65,8 @@ def train_tokenizer(args, shared, kind, source):
     """Stage vae or vq, with a picture of originals above their reconstructions."""
     folder = shared / kind
     figure = folder / "reconstructions.png"
-    # Unreadable pictures do not count in `made_from`, but are known only when all have been read. A
-    # stage that is done need not read any: it is compared without those that its checkpoint names.
+    # Unreadable pictures do not count in `made_from`. They are known only when all have been read,
+    # so a stage that may be done takes their names from its checkpoint.
     stage = checkpoint.Stage(
         kind=kind,
         folder=folder,
@@ -251,7 +251,7 @@ def train_stages(args):
     print(f"data: {len(source.labels)} pictures in {len(source.classes)} classes")
     without = np.flatnonzero(np.bincount(source.labels, minlength=len(source.classes)) == 0)
     if len(without):
-        print(f"no picture is of {', '.join(source.classes[k] for k in without)}")
+        print(f"classes without pictures: {', '.join(source.classes[k] for k in without)}")
     for kind, file in (("vae", args.vae), ("vq", args.vq)):
         if not file:
             train_tokenizer(args, shared, kind, source)

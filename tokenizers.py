@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 import disk
 
 # On a GPU, convolutions in float32 do not use TF32: its rounding would change some bits of x_d, and
-# the features of fid.py. In training, autocast still makes them bf16.
+# the features of fid.py. In training, autocast still runs convolutions in bf16.
 torch.backends.cudnn.allow_tf32 = False
 
 
@@ -62,8 +62,8 @@ def entropy(p):
 def quantiser_losses(z, codebook, mean_over_ranks=lambda q: q):
     """Three terms of `stages.vq_loss`, which weighs the two entropies.   [MaskBit]
 
-    Returns the commitment loss times 0.25, the mean over tokens of the entropy of a token's
-    distribution over the codes, and the entropy of the mean of these distributions.
+    Every token has a distribution p over the codes. Returns the commitment loss times 0.25, the
+    mean over tokens of the entropy of p, and the entropy of the mean of p.
 
     z: (B, d_d, h, w), the encoder's output
     codebook: (2^d_d, d_d), every code as bits

@@ -51,7 +51,7 @@ SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of ImageNet, 625 steps each; the first 100 are warm-up [MAR]. All but MixAR are files.
+# 400 epochs of 625 steps, 100 of them warm-up [MAR]. VAE, bit tokenizer and prior come as files.
 LARGE_RECIPE = dict(
     mixar=COMMON | dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, decay=0.02, draws=4,
                         anneal=False, muon=False))
@@ -63,7 +63,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
     """The loss of the paper's training step: a mean over a batch's masked tokens and their draws.
 
     batch: normalised mean and std (B, N, d_c) of the VAE's posterior, x_d (B, N, d_d), y (B,)
-    rng: the random numbers of this step: rng(torch.rand, *shape) gives uniform ones (B, *shape)
+    rng: rng(torch.rand, *shape) gives uniform random numbers (B, *shape), a row a picture
     step: of this run, from 0, without those of --init; lambda depends on it
     prior: g_M of Eq. (11), needed with --ti-mix
     args: the flags, with the recipes
@@ -82,7 +82,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
         lam = mixing.ti_lambda(step, args.recipe["mixar"]["steps"])
         rho = rng(torch.rand, N)
         x_d = mixing.ti_mix(x_d, x_hat, m, rho, lam)                         # Eq. (12): x~_d
-    # masked tokens of Eq. (9)'s x~ bypass the encoder, unlike in section 3.3; see MAR.forward
+    # dcmix's masked tokens skip the encoder, unless --mix-at encoder is given; see MAR.forward
     x = model.mix(x_c, x_d, m)                                               # Eq. (9)
     z = model(x, x_d, m, y, drop)                                            # z of Eqs. (5), (6)
 
@@ -93,7 +93,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
 
 
 def as_rows(drawn):
-    """(B, R, N', ...) -> (R, B N', ...). Entry [r, j] is number r of the R of token j of z[m]."""
+    """(B, R, N', ...) -> (R, B N', ...). Row r has the r-th numbers of all masked tokens."""
     return drawn.transpose(0, 1).flatten(1, 2)
 
 
@@ -197,7 +197,7 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 def learning_rate(recipe, total_step, before=0):
     """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
 
-    before: how many of total_step the runs behind --init made. After them it stays at 0.1   [ours]
+    before: the steps made before --init. If there are any, the cosine factor stays at 0.1.  [ours]
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -275,8 +275,8 @@ def train_steps(args, stage, state):
     received = collect_signals()
     failed = 0
     while state.step < steps:
-        # With --init RUN, data order, random numbers, rate and average go on where RUN ended: they
-        # take total_step. Length, log and lambda take state.step, which starts at 0.
+        # With --init RUN, rate and average go on where RUN ended, and so do data order and random
+        # numbers if the seed is RUN's. Length, log and lambda take state.step, which starts at 0.
         total_step = state.before + state.step
         lr = learning_rate(recipe, total_step, state.before)
         state.set_rate(lr)
