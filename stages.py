@@ -211,8 +211,6 @@ def check_files(args, shared, run, classes):
     if args.data != "shapes":
         folders.append(Path(args.data))
     for ours, other in combinations(folders, 2):
-        if ours.is_file():
-            raise SystemExit(f"{ours} is a file; choose another --runs or --out")
         a = ours.resolve()
         b = other.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
@@ -232,6 +230,9 @@ def check_files(args, shared, run, classes):
             found = (config.get("guidance", "none"), config.get("mix_at", "decoder"))
             disk.check_equal(f"--init {file}", "as --guidance and --mix-at", found,
                              (args.guidance, args.mix_at))
+    if args.stage == "mixar":
+        # fails now where nothing can be written
+        run.mkdir(parents=True, exist_ok=True)
 
 
 def train_stages(args):

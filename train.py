@@ -4,7 +4,7 @@ Here are the losses of MixAR and the prior, the loop (`fit`, `train_steps`), tor
 and the flags. stages.py says what each model is trained on; checkpoint.py has Stage and State.
 
 Reads disk, tokenizers, mixing, diffusion_head, backbone and checkpoint.py, writes runs/. Feeds
-stages, sample, output, features and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
+stages, sample, output and fid.py. Read `mixar_loss` first, then `fit`, then sample.py.
 Try: torchrun train.py --guidance dcmix
 
 B pictures of a batch (in the losses, of the part that a process computes at once), N tokens, N'
@@ -435,7 +435,7 @@ def parse(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count = dict(type=within(1, kind=int), metavar="N")
     g = p.add_argument_group("what to train")
-    g.add_argument("--data", default="shapes", help="shapes or a folder of pictures")
+    g.add_argument("--data", default="shapes", help="shapes, drawn here, or a folder (as ./shapes)")
     g.add_argument("--images", **count, help="use at most N pictures")
     g.add_argument("--mirror", action=argparse.BooleanOptionalAction,
                    help="train on mirror images, too (None: as the data set says)")

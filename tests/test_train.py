@@ -894,6 +894,14 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
     assert not runs.exists()
 
 
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "file").touch()
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit, match="cannot go on: .* Not a directory: .*file/run"):
+        train.main(mixar(runs, tmp_path / "file" / "run"))
+    assert not runs.exists()
+
+
 def test_a_log_that_is_no_text_does_not_stop_a_resume(runs, tmp_path, no_pictures):
     run = copy_run(runs, tmp_path / "run")
     with (run / "log.csv").open("ab") as file:
@@ -1217,7 +1225,7 @@ def test_non_finite_losses_never_reach_the_weights_and_stop_the_run(
 def test_a_file_cannot_be_a_folder_of_runs(runs, tmp_path, flag):
     (tmp_path / "file").touch()
     flags = mixar(runs, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="Not a directory|file is a file; choose") as error:
+    with pytest.raises(SystemExit, match="Not a directory|File exists") as error:
         train.main([*flags, flag, str(tmp_path / "file")])
     assert "\n" not in str(error.value)
 
