@@ -10,7 +10,7 @@ Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, s
 Read train.py next.
 Try: python backbone.py          (parameters and tokens beside the paper's)
 
-B batch, N tokens, N' masked ones, D width, K class tokens, S bit groups. m True: to predict.
+B batch, N tokens, K class tokens, V the encoder sees, D width, S bit groups. m True: to predict.
 """
 from collections import OrderedDict
 
@@ -222,13 +222,13 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """Which tokens the encoder sees, V in each row.   (B, N) bool -> (B, K + N) bool"""
+        """Which K + N tokens the encoder sees, V in each row.   (B, N) bool -> (B, K + N) bool"""
         if self.mix_at == "encoder":
             m = torch.zeros_like(m)                                  # all of x~
         return ~nn.functional.pad(m, (self.K, 0))                    # class tokens are visible
 
     def encode(self, x, discrete):
-        """The encoder and `decoder_embed` over the visible tokens x (B, V, D).
+        """The encoder and `decoder_embed` over the class tokens and the visible ones, x (B, V, D).
 
         discrete: (B, N, D), DC-SA's prefix or DC-CA's memory; None with the other guidances
         Returns (B, V, D), and `discrete` for the decoder: the prefix as the encoder leaves it, the
@@ -275,7 +275,7 @@ class MAR(nn.Module):
 
         # The decoder gets what the encoder made of visible tokens. Masked ones have a placeholder:
         # MAR's mask token or, for DC-Mix, the discrete token of Eq. (9), embedded but not encoded.
-        # Visible tokens went through decoder_embed in `encode`, a discrete token does here.
+        # Visible tokens went through decoder_embed in `encode`, discrete ones do here.
         # With mix_at="encoder" all tokens are visible, and no placeholder stays.
         if self.guidance == "dcmix":
             placeholder = self.decoder_embed(embedded)               # (B, K + N, D)
@@ -439,8 +439,8 @@ KINDS = dict(vae=tokenizers.KLVAE, vq=tokenizers.BitVQ, prior=MaskBitPrior, mixa
 
 
 def load_model(path, kind):
-    """Returns (model, saved): the averaged weights ready for inference, and the checkpoint's dict,
-    which is dict(step=0, meta=None) for an official file.
+    """Returns (model, saved): the averaged weights, if there are any, ready for inference, and the
+    checkpoint's dict, which is dict(step=0, meta=None) for an official file.
 
     path: a checkpoint of train.py, its folder, or an official file; SystemExit if it is neither
     kind: a key of KINDS
@@ -449,8 +449,8 @@ def load_model(path, kind):
     with disk.reading(path, f"{kind} checkpoint"):
         if "kind" in saved:
             return disk.build(KINDS[kind], saved["config"], saved["ema"]), saved
-        # An official file has no `kind`. It holds its weights bare or under these names, of which
-        # the last one that is there is the moving average.
+        # An official file has no `kind`. It holds its weights bare or under these names. The last
+        # one that is there is taken: model_ema is MAR's moving average.
         state = saved
         for name in ("state_dict", "model", "model_ema"):
             state = saved.get(name, state)

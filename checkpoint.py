@@ -145,8 +145,8 @@ def finished(saved):
 def outdated(saved, stage, steps):
     """Whether a checkpoint that needs no more steps has another length or data folder than now.
 
-    It is then saved again, so that it counts as `finished` under a shorter --steps, and so that
-    --truth and fid.py find data that were moved.
+    Saved again, it is `finished` under a shorter --steps, and --truth and fid.py find data that
+    have moved.
     """
     moved = stage.kind == "mixar" and saved["meta"]["data"] != stage.meta["data"]
     return saved["step"] >= steps and (moved or not finished(saved))

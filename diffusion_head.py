@@ -125,7 +125,7 @@ def model_distribution(x_t, eps, v, k, c, bound=None):
     c: the coefficients of the process
     bound: the largest |x_0|, or None as in MAR. At t = 999 an error of eps is multiplied by 20,000
         in x_0. Heads trained as briefly as in tiny and small need a bound [ours].
-    Returns its mean, its log variance, and the x_0 that eps stands for, each (..., C).
+    Returns its mean, its log variance, and the x_0 that eps stands for (bounded), each (..., C).
     """
     x_0 = at(c.sqrt_recip, k) * x_t - at(c.sqrt_recip_m1, k) * eps
     if bound is not None:
@@ -322,8 +322,8 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
         for k in reversed(range(steps)):
-            # At t = 999 an error of eps grows 20,000-fold in x_0, and mean_x0 shrinks it: of 100
-            # steps the first leaves it 316-fold, without a bound. So it takes fp32.          [ours]
+            # At t = 999 an error of eps grows 20,000-fold in x_0. Without a bound, mean_x0 leaves
+            # 316 of that in the first of 100 steps. So the first step takes fp32.            [ours]
             first = k == steps - 1
             with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[k], z, z_uncond, scale)

@@ -66,8 +66,8 @@ def prior_cfg_at(cfg, power, i, steps):
 def least_certain(score, known, done):
     """Eq. (4): which codes are hidden again after a step that is not the last.   [MaskBit]
 
-    They are the k codes of lowest score in each image. open_run allows at most one step per code.
-    So two codes or more are hidden before such a step: at least one is kept, and one hidden again.
+    They are the k codes of lowest score in each image: at least one, and one less than before at
+    most. Such a k exists, as open_run allows no more steps than codes.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
@@ -147,8 +147,8 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
 
     x_d: (B, N, d_d) bits
     y: (B,) int, the classes
-    order: (B, N), a permutation of the positions for each image, of which `hide` hides the
-        beginning; tokens are generated from its end
+    order: (B, N), a permutation of the positions for each image; tokens are generated from its end
+        to its beginning, and `hide` hides those that are left
     noise: noise(now (B, N) bool, n) gives (n, B n_now, C) for n diffusion steps of the tokens `now`
     diffusion_steps: see diffusion_steps_at
     cfg, schedule: the guidance scale; "linear" lets it grow with the tokens known after the step
@@ -165,7 +165,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         n_after = hidden_after(s, ar_steps, N, n_hidden)
         share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        # The last step hides nothing. The scale comes first, from n_after >= 1, as in MAR.
+        # In the last step, too, the scale was computed from n_after >= 1, as in MAR. Now it is 0.
         if s == ar_steps - 1:
             n_after = 0
         m = mixing.hide(order, n_hidden)

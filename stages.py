@@ -32,7 +32,7 @@ import train
 
 
 def vae_loss(model, batch, rng, step):
-    """Squared error plus 1e-4 KL, a mean over x_c's numbers [ours]. VA-VAE had more terms."""
+    """Squared error, a mean over pixels, plus 1e-4 KL, a mean over x_c's numbers.   [ours]"""
     x = batch[0] * 2 - 1                                                     # [0, 1] -> [-1, 1]
     mean, logvar = (a.float() for a in model.encode(x))
     noise = rng(torch.randn, *mean.shape[1:])
@@ -42,7 +42,7 @@ def vae_loss(model, batch, rng, step):
 
 
 def vq_loss(model, batch, rng, step):
-    """4 times the squared error [ours], and the quantiser's losses and weights of MaskBit."""
+    """4 times the squared error, and the quantiser's losses [MaskBit], without its other terms."""
     x = batch[0]
     z = model.encode(x).float()
     decoded = model.decode(z + (tokenizers.quantise(z) - z).detach())        # straight through
@@ -74,7 +74,7 @@ def train_tokenizer(args, shared, kind, source):
         made_from=dict(pictures=dataset.describe(source, checkpoint.skipped_before(folder, kind))),
         loss=vae_loss if kind == "vae" else vq_loss,
     )
-    # without its figure, a stage that is done goes through `fit`, which takes no step and draws it
+    # a stage that is done but has no figure goes through `fit`, which takes no step and draws it
     if figure.is_file() and is_done(args, stage):
         return
     pixels, _ = dataset.read_all(source)

@@ -4,7 +4,7 @@
 tokens are bits. Both load the official files.
 
 B batch, h x w token grid, N = h w tokens, d_c channels of x_c, d_d bits of x_d.
-Reads disk.py, which loads weights. Feeds nearly all other files. Read mixing.py next.
+Reads disk.py, which loads weights. Feeds all files that see pictures or bits. Read mixing.py next.
 Try: python train.py --stage vae     (then look at runs/shapes/vae/reconstructions.png)
 In programs run from this folder, this module hides the Hugging Face package of the same name.
 """
@@ -88,8 +88,8 @@ conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 class ResBlock(nn.Module):
     """Norm, SiLU and convolution, twice, beside a shortcut.
 
-    Where the width changes, the shortcut is W x. MaskBit's is W u, of the output u of the two
-    convolutions: it returns u + W u, as its released weights expect.
+    Where the width changes, the shortcut is W x. MaskBit's weights expect another one, W u: the
+    block returns u + W u, where u is the output of the two convolutions.
     """
 
     def __init__(self, c_in, c, groups, maskbit):

@@ -38,20 +38,20 @@ CLIP = 3.0                   # largest norm of the gradient                    [
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for this many steps
 
-# The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
-# along a cosine, with `muon` the matrices in blocks get Muon's updates. `draws` is R.     [ours]
+# A warm-up below 1 is a share of the length; `anneal`: along a cosine; `muon`: for matrices in
+# blocks; `draws`: R. [ours], but for the betas and decay of mixar [MAR] and of the prior [MaskBit].
 COMMON = dict(anneal=True, muon=True, betas=(0.9, 0.95))
 TINY_RECIPE = dict(
     vae=COMMON | dict(steps=400, batch=16, lr=3e-3, warmup=20, decay=0.0),
     vq=COMMON | dict(steps=600, batch=16, lr=3e-4, warmup=20, decay=0.0, muon=False),
     prior=COMMON | dict(steps=600, batch=32, lr=5e-3, warmup=50, decay=0.045, betas=(0.9, 0.96)),
     mixar=COMMON | dict(steps=1000, batch=32, lr=5e-3, warmup=50, decay=0.02, draws=1))
-# For one GPU and an evening. It was tried for a few steps only.                 [ours]
+# For one GPU and an evening. It was tried for a few steps only.
 SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of 625 steps, 100 of them warm-up [MAR]. VAE, bit tokenizer and prior come as files.
+# 400 epochs of 625 steps, the first 100 epochs are warm-up [MAR]. All but mixar come as files.
 LARGE_RECIPE = dict(
     mixar=COMMON | dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, decay=0.02, draws=4,
                         anneal=False, muon=False))
@@ -146,9 +146,9 @@ class Rng:
     """The random numbers of a step, but for dropout. They follow from (seed, step) and the order
     of the calls, so a checkpoint holds no random state.
 
-    rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and returns
-    the rows `self.rows`: those of this process, or of its part `part` of `parts` (--accumulate). So
-    a picture's numbers do not depend on the processes. rng.shared(f, *shape) is the same for all.
+    rng(f, *shape), f being torch.rand or randn, draws (B, *shape) for the whole batch and keeps the
+    rows of this process, or of its part `part` of `parts` (--accumulate). So a picture's numbers do
+    not depend on the processes. rng.shared(f, *shape) is the same for all.
     """
 
     def __init__(self, seed, step, B, device, part=0, parts=1):
@@ -195,9 +195,9 @@ def step_batches(args, get_batch, n, B, total_step, parts):
 
 
 def learning_rate(recipe, total_step, before=0):
-    """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [MaskBit].
+    """Linear warm-up [MAR]; with `anneal`, times a cosine that falls from 1 to 0.1 [ours].
 
-    before: the steps made before --init. If there are any, the cosine factor stays at 0.1.  [ours]
+    before: the steps made before --init. If there are any, the cosine stays at 0.1.
     """
     warmup = recipe["warmup"]
     if warmup < 1:
@@ -260,7 +260,7 @@ def fit(args, stage):
 
 
 def train_steps(args, stage, state):
-    """Take the remaining steps of a stage. After a signal, finish and save the step, then end."""
+    """Take the remaining steps of a stage. After a signal, save and end, at most a step later."""
     rank, ranks = world()
     kind = stage.kind
     recipe = args.recipe[kind]
@@ -271,7 +271,7 @@ def train_steps(args, stage, state):
     if ranks > 1:
         loss_module = nn.parallel.DistributedDataParallel(loss_module)
     log = checkpoint.Log(args, stage, state.step) if rank == 0 else None
-    # a signal during a step is acted on after it, by all processes together; see `update`
+    # A signal during `update` is seen by the next step, which all processes still make and save.
     received = collect_signals()
     failed = 0
     while state.step < steps:
@@ -325,7 +325,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Each has the gradient of its own q; DDP averages them."""
+    """The mean of q over the processes. Its gradient is that of the own q: DDP takes the mean."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
