@@ -143,10 +143,10 @@ def finished(saved):
 
 
 def outdated(saved, stage, steps):
-    """Whether a checkpoint that needs no more steps has another length or data folder than now.
+    """Whether a checkpoint that needs no more steps is to be saved again.
 
-    Saved again, it is `finished` under a shorter --steps, and --truth and fid.py find data that
-    have moved.
+    So it is if its run was stopped and --steps is now shorter, or if its data have moved: --truth
+    and fid.py take their folder from it.
     """
     moved = stage.kind == "mixar" and saved["meta"]["data"] != stage.meta["data"]
     return saved["step"] >= steps and (moved or not finished(saved))
@@ -155,7 +155,7 @@ def outdated(saved, stage, steps):
 def read_stage(args, stage):
     """The checkpoint of a stage, and a text on how this command differs from the one that saved it.
 
-    Returns (None, "") if there is none. SystemExit in three cases:
+    Returns (None, "") if there is none. SystemExit if it is damaged, and in three cases:
         it was begun with another config or made from something else
         it was begun with another seed or batch, and is not a finished tokenizer or prior
         it is a finished tokenizer or prior, on which tokens and runs may depend, and this command
@@ -174,7 +174,7 @@ def read_stage(args, stage):
             # seed and batch decide which pictures the next steps see
             may_not_change |= dict(seed=args.seed, batch=recipe["batch"])
         disk.check_same(stage.path, saved["settings"], may_not_change)
-        # All else may change, and is only said. What is not in `was` is not compared.
+        # All else may change, and is printed. What is not in `was` is not compared.
         was = dict(saved["args"]["recipe"][kind], amp=saved["args"]["amp"])
         was["seed"] = saved["settings"]["seed"]
         if kind == "mixar":
@@ -206,7 +206,7 @@ class State:
 
     A checkpoint, last.pt, is a dict of
         model, ema, optimizer    the weights, their moving average, the optimiser's moments
-        step, ema_start          the attributes `step` and `before`
+        step, ema_start          the attributes `step` and `before` (ema_start is its older name)
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
         args                     all flags, with the recipes

@@ -59,8 +59,8 @@ def read_rgb(path):
 # A data set is a class like the three below, and a branch in open_source. It is made from a folder
 # (not Shapes), the split "train" or "test", the size of the pictures and how many, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
-#     names              a text that identifies every picture, also among those of other data
-#                        sets, and does not change when the folder is moved
+#     names              a text for every picture, which does not change when the folder is moved,
+#                        but when the picture does: with its size or a digest of its bytes
 #     mirror             whether training may mirror the pictures, unless --mirror says otherwise
 #     held_out           whether they are held out from training; False if none of the set are
 #     size               height and width of the pictures
@@ -194,7 +194,7 @@ def read_idx(root, part, content, axes):
 
 
 class Idx:
-    """MNIST-family files. Pictures are padded with black to `size`, or cropped to it."""
+    """MNIST-family files, as RGB. Pictures are padded with black to `size`, or shrunk to it."""
 
     mirror = False                     # digits and shoes point one way
     clothes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()

@@ -163,8 +163,8 @@ def load_checkpoint(path, kind):
 def build(cls, config, state):
     """The model cls(**config) with the weights `state`, ready for inference.
 
-    ValueError for a config that cannot be, or naming a weight that is not finite or of another kind
-    than the model's. RuntimeError, of load_state_dict, for other names or shapes.
+    ValueError if the config is impossible, or a weight is not finite or not of the model's kind.
+    RuntimeError, of load_state_dict, for other names or shapes.
     """
     # a damaged config must not build millions of layers, or heads that do not divide the width
     depths = [config.get(name, 0) for name in ("depth", "head_depth", "blocks")]
@@ -175,7 +175,7 @@ def build(cls, config, state):
         model = cls(**config)
     check_weights(model, state)
     model.to_empty(device="cpu").load_state_dict(state)
-    # requires_grad stays True: only of such weights does autocast keep its bf16 copies
+    # requires_grad stays True: autocast keeps bf16 copies only of weights that have it
     return model.eval()
 
 

@@ -156,7 +156,7 @@ class InceptionE(nn.Module):
 class Inception(nn.Module):
     """The network of TensorFlow's 2015 graph, under the names of its released PyTorch file.
 
-    resize: "torch-fidelity" or "pytorch-fid", the only difference between their features.
+    resize: "torch-fidelity" or "pytorch-fid", how pictures are resized and scaled.
     size: the side to which fid.py crops pictures before they come here.
     """
 

@@ -34,10 +34,9 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-# Students do not get these: they hold the solutions, or wrong versions one change away from them.
-# tests/test_mixing.py stays, since Eq. (11) is tested with it. Its first helper for Eq. (11) shows
-# Eq. (10) in one line, so hand out Eq. (10) as a warm-up.
-WITHHELD = {"tests/assignment.py", "tests/test_assignment.py", "tests/test_planted.py"}
+# Students do not get these: they hold the solutions, or versions one change away from them.
+WITHHELD = {"tests/assignment.py", "tests/test_assignment.py", "tests/test_planted.py",
+            "tests/ti_train.py"}
 QUIET = ["-q", "-p", "no:cacheprovider", "--tb=line", "--show-capture=no"]
 LARGEST_FILE = 16 * 2 ** 20
 LARGEST_MEMORY = 4 * 2 ** 30
@@ -65,7 +64,7 @@ EQUATIONS = {
     4: Equation("drawing X_d", "sample.py", ["prior_cfg_at", "least_certain"], [
         "The guidance rises along half a wave of a cosine. The power bends the time i / steps.",
         "Codes that were kept before stay. Give them a score that no threshold reaches.",
-        "k is acos(r) / (pi / 2) of all codes of an image, rounded down, then bounded on both "
+        "k is acos(done) / (pi / 2) of all codes of an image, rounded down, then bounded on both "
         "sides. The k-th lowest score of an image is its threshold.",
     ]),
     5: Equation("the diffusion loss", "diffusion_head.py", ["add_noise", "denoising_loss"], [

@@ -1,6 +1,6 @@
 """The paper's findings, measured again at small scale: Tables 1 and 2, Figs. 7 and 8.
 
-Every number of docs/findings.md has a row in `plan`: the commands that a user would type.
+Most rows of docs/findings.md are in `plan`: the commands that a user would type.
 
     run         carry out the plan for one data set and one seed; this takes hours
     time        measure the seconds of Table 2; let nothing else run
@@ -480,7 +480,7 @@ def readings(entries):
         FD = np.array(found(entries, "fashion-mnist", f"reading {run}"))
         difference = ", ".join(f"{d:+.2f}" for d in FD - longer) if run != "longer" else ""
         rows.append([label, ", ".join(f"{d:.2f}" for d in FD), difference])
-    return markdown(["fashion-mnist, seeds 0 and 1", "FD", "less training on"], rows)
+    return markdown(["fashion-mnist, seeds 0 and 1", "FD", "minus that of training on"], rows)
 
 
 def prefix(entries):

@@ -39,7 +39,7 @@ def git_apply(folder, name, *flags):
 
 
 def texts(folder):
-    """{file: text} of the eight files in `folder`."""
+    """{file: text} of the product's files in `folder`."""
     return {f"{name}.py": (folder / f"{name}.py").read_text() for name in NAMES}
 
 

@@ -73,7 +73,7 @@ assert large.names == [source.names[i] for i in keep], "names depend on --images
 some = opened(count=5)
 assert np.array_equal(some.read(4), pixels[keep[4]]), "--images mixes up pictures and labels"
 
-# without held-out pictures, --truth must be refused: see sample.open_held_out
+# without held-out pictures, --truth must be refused: see sample.open_truth
 (data / "test_batch.bin").rename(out.parent / "test_batch.bin")
 assert not opened("test").held_out
 (out.parent / "test_batch.bin").rename(data / "test_batch.bin")
