@@ -10,7 +10,7 @@ Reads disk, tokenizers, mixing and diffusion_head.py. Feeds checkpoint, train, s
 Read train.py next.
 Try: python backbone.py          (parameters and tokens beside the paper's)
 
-B batch, N tokens, K class tokens, V the encoder sees, D width, S bit groups. m True: to predict.
+B batch, N tokens, K class tokens, V seen by the encoder, D width, S bit groups. m True: to predict.
 """
 from collections import OrderedDict
 
@@ -222,7 +222,7 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """Which K + N tokens the encoder sees, V in each row.   (B, N) bool -> (B, K + N) bool"""
+        """Which of the K + N tokens the encoder sees: V a row.   (B, N) bool -> (B, K + N) bool"""
         if self.mix_at == "encoder":
             m = torch.zeros_like(m)                                  # all of x~
         return ~nn.functional.pad(m, (self.K, 0))                    # class tokens are visible
@@ -231,7 +231,7 @@ class MAR(nn.Module):
         """The encoder and `decoder_embed` over the class tokens and the visible ones, x (B, V, D).
 
         discrete: (B, N, D), DC-SA's prefix or DC-CA's memory; None with the other guidances
-        Returns (B, V, D), and `discrete` for the decoder: the prefix as the encoder leaves it, the
+        Returns (B, V, D), and `discrete` for the decoder: the prefix, which went the same way, the
         memory unchanged, or None.
         """
         if self.guidance == "dcsa":

@@ -209,7 +209,7 @@ class State:
         step, ema_start          the attributes `step` and `before` (ema_start is its older name)
         kind, config             "vae", "vq", "prior" or "mixar"; the arguments of the model
         settings                 what a resumed run may not change, see read_stage
-        args                     all flags, with the recipes
+        args                     all flags, with the recipes; no random state, see train.Rng
         meta                     of "mixar" what sampling needs, such as the files of vae, vq and
                                  prior, see stages.describe_run; of a tokenizer the unreadable
                                  pictures

@@ -40,7 +40,7 @@ def cosine_betas():
 def respace(n):
     """n of the 1000 timesteps, evenly spaced, and the betas of a process over these alone.   [MAR]
 
-    The stride is added n times, not multiplied by n, to be rounded as MAR's sums are.
+    Position j is a sum of j strides, not j times the stride, to be rounded as MAR's sums are.
 
     n: int in 2 .. 1000
     Returns timesteps (n,) int64, ascending, and betas (n,) float64. ValueError on any other n.
@@ -322,8 +322,8 @@ class DiffusionHead(nn.Module):
         x = noise[0]
         fp32 = torch.autocast(z.device.type, enabled=False)
         for k in reversed(range(steps)):
-            # At t = 999 an error of eps grows 20,000-fold in x_0. Without a bound, mean_x0 leaves
-            # 316 of that in the first of 100 steps. So the first step takes fp32.            [ours]
+            # At t = 999 an error of eps grows 20,000-fold in x_0 and, without a bound, 316-fold in
+            # the next x, if there are 100 steps. So the first of them takes fp32.            [ours]
             first = k == steps - 1
             with fp32 if first else nullcontext():
                 eps, v = self.guided(x, c.t[k], z, z_uncond, scale)

@@ -66,8 +66,8 @@ def prior_cfg_at(cfg, power, i, steps):
 def least_certain(score, known, done):
     """Eq. (4): which codes are hidden again after a step that is not the last.   [MaskBit]
 
-    They are the k codes of lowest score in each image: at least one, and one less than before at
-    most. Such a k exists, as open_run allows no more steps than codes.
+    They are the k codes of lowest score in each image. k is at least 1, and smaller than the number
+    of codes that were hidden before. Such a k exists, as open_run allows no more steps than codes.
 
     score: (B, N, S), high where the prior is certain
     known: (B, N, S) bool, codes kept in earlier steps, equally many in each image; they stay
@@ -165,7 +165,7 @@ def generate(model, x_d, y, order, noise, ar_steps, diffusion_steps, cfg=1.0, sc
         n_after = hidden_after(s, ar_steps, N, n_hidden)
         share = (N - n_after) / N if schedule == "linear" else 1
         scale = 1 + (cfg - 1) * share
-        # In the last step, too, the scale was computed from n_after >= 1, as in MAR. Now it is 0.
+        # until here n_after was at least 1, as MAR computes the scale; the last step hides nothing
         if s == ar_steps - 1:
             n_after = 0
         m = mixing.hide(order, n_hidden)

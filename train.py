@@ -89,7 +89,7 @@ def mixar_loss(model, batch, rng, step, prior, args):
     n_masked = int(m[0].sum())                                               # N'
     t = as_rows((rng(torch.rand, R, n_masked) * T).long())                   # (R, B N')
     noise = as_rows(rng(torch.randn, R, n_masked, d_c))                      # (R, B N', d_c)
-    return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5)
+    return model.diffloss.loss(z[m], x_c[m], t, noise).mean()                # Eq. (5), and variance
 
 
 def as_rows(drawn):
@@ -119,7 +119,7 @@ def code_loss(logits, codes):
 
 
 def prior_loss(model, batch, rng, step):
-    """Eq. (3) on one batch: the prior predicts the codes behind a random mask."""
+    """Eq. (3) on one batch: the prior predicts all codes, of which a random mask hides some."""
     _, _, x_d, y = batch
     codes = tokenizers.bits_to_codes(x_d.unflatten(-1, (model.splits, -1)))  # (B, N, S)
     hidden = training_mask(rng(torch.rand), rng(torch.rand, *codes.shape[1:]))
@@ -176,7 +176,7 @@ def data_order(seed, epoch, n):
 def step_batches(args, get_batch, n, B, total_step, parts):
     """This process's share of a step's batch, in `parts` parts (--accumulate): [(batch, rng)].
 
-    Every epoch leaves out its last n mod B pictures; if n < B, they repeat.
+    Every epoch leaves out its last n mod B pictures; if n < B, a batch holds some more than once.
     """
     rank, ranks = world()
     # for dropout, another seed for every step and process
@@ -242,7 +242,7 @@ def fit(args, stage):
     kind = stage.kind
     steps = args.recipe[kind]["steps"]
     with disk.locked(stage.folder) if rank == 0 else nullcontext():
-        barrier()                                                            # for the lock
+        barrier()                                            # until the first one has the lock
         saved, changes = checkpoint.read_stage(args, stage)
         state = checkpoint.State(args, stage)
         if saved:
@@ -325,7 +325,7 @@ def barrier():
 
 
 def mean_over_ranks(q):
-    """The mean of q over the processes. Its gradient is that of the own q: DDP takes the mean."""
+    """The mean of q over the processes. Its gradient is this process's: DDP averages those."""
     if not dist.is_initialized():
         return q
     total = q.detach().clone()
