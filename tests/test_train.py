@@ -328,7 +328,7 @@ def test_a_signal_outside_the_loop_ends_the_program(runs, tmp_path, monkeypatch,
         train.main(mixar(runs, tmp_path / "run", "--steps", 1))
     assert end.value.code == 128 + number
     assert f"stopped by {number.name}\n" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_folder_in_place_of_a_checkpoint_stops_before_training(runs, tmp_path):
