@@ -222,7 +222,7 @@ class MAR(nn.Module):
         return self.z_proj_ln(discrete + self.encoder_pos_embed_learned[:, self.K:])
 
     def visible_positions(self, m):
-        """Which of the K + N tokens the encoder sees: V a row.   (B, N) bool -> (B, K + N) bool"""
+        """The V of the K + N tokens that the encoder sees.   (B, N) bool -> (B, K + N) bool"""
         if self.mix_at == "encoder":
             m = torch.zeros_like(m)                                  # all of x~
         return ~nn.functional.pad(m, (self.K, 0))                    # class tokens are visible

@@ -145,8 +145,8 @@ def finished(saved):
 def outdated(saved, stage, steps):
     """Whether a checkpoint that needs no more steps is to be saved again.
 
-    So it is if its run was stopped and --steps is now shorter, or if its data have moved: --truth
-    and fid.py take their folder from it.
+    It is if its run was stopped and --steps is now shorter, or if its data have moved: --truth and
+    fid.py take their folder from it.
     """
     moved = stage.kind == "mixar" and saved["meta"]["data"] != stage.meta["data"]
     return saved["step"] >= steps and (moved or not finished(saved))

@@ -59,10 +59,10 @@ def read_rgb(path):
 # A data set is a class like the three below, and a branch in open_source. It is made from a folder
 # (not Shapes), the split "train" or "test", the size of the pictures and how many, None for all:
 #     classes, labels    the names of the classes, and the class of every picture, (n,) int64
-#     names              a text for every picture, which does not change when the folder is moved,
-#                        but when the picture does: with its size or a digest of its bytes
+#     names              a text for every picture that holds its size or a digest, so that another
+#                        picture has another text, and not the folder, which may be moved
 #     mirror             whether training may mirror the pictures, unless --mirror says otherwise
-#     held_out           whether they are held out from training; False if none of the set are
+#     held_out           whether the pictures are held out from training
 #     size               height and width of the pictures
 #     read(i)            picture i as uint8 (3, size, size), or a text saying why it cannot be read
 # open_source adds `data`, the folder, and `skipped`, the names of pictures that cannot be read.

@@ -242,9 +242,8 @@ class Classifier(nn.Module):
 def train_classifier(path, data, size, device, steps=700, B=128):
     """Train the classifier on nine tenths of the train split, and save it with its accuracy.
 
-    A random tenth is held out for the accuracy. The seed is fixed and the precision is fp32, so
-    that the same pictures give nearly the same distances on any machine. Of a large data set 60,000
-    pictures are enough.
+    A random tenth is held out for the accuracy. The seed is fixed, and the precision is fp32. Of a
+    large data set 60,000 pictures are enough.
     """
     source = dataset.open_source(data, "train", size, None if data == "shapes" else 60000)
     if len(source.classes) == 1:

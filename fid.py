@@ -96,7 +96,7 @@ def find_weights(args, run, data):
     if args.features != "classifier":
         return args.features
     if not data:
-        raise SystemExit(f"which data set is {args.pictures} of? Give B, or --features")
+        raise SystemExit(f"cannot tell the data set of {args.pictures}; give B or --features")
     if data != "shapes":
         data = str(Path(data).resolve())
     folder = run.shared if run else Path("runs") / Path(data).name

@@ -77,7 +77,7 @@ def sample_mask(order, ratio):
 
 
 def pad(x_d, d_c):
-    """x_d with zeros appended, d_c channels in all: "padded discrete tokens" of section 4.2.
+    """x_d with zeros appended, up to d_c channels: section 4.2's "padded discrete tokens".
 
     The paper pads their embeddings from the codebook. MaskBit's codebook holds the bits themselves.
 

@@ -284,8 +284,8 @@ class System:
 
         def noise(now, n):
             n_now = int(now[0].sum())
-            # (B, n, n_now, C) -> (n, B n_now, C)
-            return rng(torch.randn, n, n_now, self.model.d_c).transpose(0, 1).flatten(1, 2)
+            drawn = rng(torch.randn, n, n_now, self.model.d_c)               # (B, n, n_now, C)
+            return drawn.transpose(0, 1).flatten(1, 2)                       # (n, B n_now, C)
 
         with train.autocast(self.amp, self.device):
             return generate(self.model, x_d, y, order, noise, s["ar_steps"], s["diffusion_steps"],

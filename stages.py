@@ -219,7 +219,8 @@ def check_files(args, shared, run, classes):
     if args.stage == "mixar" and (run / "last.pt").is_file():
         config = disk.load_checkpoint(run, "mixar").get("config", {})
         disk.check_same(run / "last.pt", config, dict(guidance=args.guidance, mix_at=args.mix_at))
-    for kind, file in dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init).items():
+    named = dict(vae=args.vae, vq=args.vq, prior=args.prior, mixar=args.init)
+    for kind, file in named.items():
         if not file:
             continue
         _, saved = backbone.load_model(file, kind)

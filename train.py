@@ -38,8 +38,9 @@ CLIP = 3.0                   # largest norm of the gradient                    [
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SEED_DISTANCE = 10_000_019   # neighbouring seeds share no random numbers for this many steps
 
-# A warm-up below 1 is a share of the length; `anneal`: along a cosine; `muon`: for matrices in
-# blocks; `draws`: R. [ours], but for the betas and decay of mixar [MAR] and of the prior [MaskBit].
+# The recipe of each stage. A warm-up below 1 is a share of the length. With `anneal` the rate falls
+# along a cosine, with `muon` the matrices in blocks get Muon's updates. `draws` is R. Betas and
+# decay are those of [MAR] for mixar and of [MaskBit] for the prior; all else is [ours].
 COMMON = dict(anneal=True, muon=True, betas=(0.9, 0.95))
 TINY_RECIPE = dict(
     vae=COMMON | dict(steps=400, batch=16, lr=3e-3, warmup=20, decay=0.0),
@@ -51,7 +52,7 @@ SMALL_RECIPE = {
     kind: recipe | dict(steps=50 * recipe["steps"], batch=4 * recipe["batch"],
                         lr=recipe["lr"] / 5, warmup=20 * recipe["warmup"])
     for kind, recipe in TINY_RECIPE.items()}
-# 400 epochs of 625 steps, the first 100 epochs are warm-up [MAR]. All but mixar come as files.
+# 400 epochs of 625 steps; the first 100 epochs are warm-up [MAR]. All but mixar come as files.
 LARGE_RECIPE = dict(
     mixar=COMMON | dict(steps=250_000, batch=2048, lr=8e-4, warmup=0.25, decay=0.02, draws=4,
                         anneal=False, muon=False))
@@ -296,7 +297,6 @@ def train_steps(args, stage, state):
         if rank == 0:
             log.write(state.step, loss, lr, norm)
             due = last or stopping or preview_due or state.step % args.save_every == 0
-            # weights whose loss is not finite are not saved
             if due and failed == 0:
                 state.save()
             if preview_due and failed == 0 and not (last or stopping):

@@ -761,7 +761,7 @@ def test_errors_are_one_line(world, measured, tmp_path):
 
 
 def test_without_a_data_set_the_classifier_must_be_named(measured):
-    with pytest.raises(SystemExit, match="which data set is .* of.*--features"):
+    with pytest.raises(SystemExit, match="cannot tell the data set of .*--features"):
         measured("flat", "samples.npz", features=False)
 
 
